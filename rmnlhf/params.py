@@ -1,0 +1,276 @@
+"""`params.yaml` → validated `Params`. One base, four profiles laid over it, overrides last.
+
+    python -m rmnlhf.params --profile smoke -o results/params.yaml     # what the DVC stages read
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Profile = Literal["smoke", "cpu", "long", "gpu"]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Data(Section):
+    dir: str
+    critique_sources: list[str]  # training pairs with human critiques
+    plain_sources: list[str]  # training pairs without
+    evaluation_sources: list[str]
+    own: str | None  # JSONL of PreferencePair rows, added to the training pairs
+    balance: Literal["natural", "length"]
+    max_train: Positive
+    max_eval: Positive
+    max_chars: Positive  # pairs with a longer response are left out of training
+
+
+class Grm(Section):
+    think: bool
+    max_lines: Positive
+    max_chars: Positive
+
+
+class SimilaritySection(Section):
+    backend: Literal["offline", "llm"]
+    threshold: Share
+
+
+class Judge(Section):
+    kind: Literal["endpoint", "vllm"]
+    model: str
+    base_url_env: str
+    key_env: str
+    cache: str
+    timeout: Rate
+    retries: Count
+    concurrency: Positive
+    max_calls: Positive
+    max_tokens: Positive
+
+
+class Policy(Section):
+    model: str
+    revision: str | None
+    backend: Literal["auto", "unsloth", "transformers"]
+    dtype: Literal["float32", "bfloat16"]
+    load_in_4bit: bool
+    rank: Positive
+    alpha: Positive
+    targets: Literal["attention", "all"]
+    gradient_checkpointing: bool
+    max_prompt: Positive
+    max_completion: Positive
+
+
+class ColdStart(Section):
+    enabled: bool
+    adapter: str | None  # a shipped adapter; None trains one
+    steps: Count
+    batch_pairs: Positive
+    critiques_per_pair: Positive
+    lr: Rate
+    verdict_weight: Rate
+    controlled_share: Share
+    mr_ben_share: Share
+
+
+class Rollout(Section):
+    engine: Literal["auto", "transformers", "vllm"]
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Share
+    batch: Positive
+
+
+class Reward(Section):
+    weight: Annotated[float, Field(ge=0)]
+    gated: bool
+    binary: bool
+    bonus: Literal["paper", "rescaled", "binary"]
+    max_missing: Share
+
+
+class MetaRMSection(Section):
+    base: str
+    lr: Rate
+    epochs: Positive
+    batch: Positive
+    rollouts_per_pair: Positive
+    pairs: Positive
+    max_length: Positive
+    target: Literal["composite", "process"]
+    ranking: bool
+    online_lr: Rate
+    online_steps: Positive
+    replay: Count
+    replay_share: Share
+    drift_every: Positive
+    drift_pairs: Positive
+    drift_alarm: float
+
+
+class Grpo(Section):
+    steps: Positive
+    prompts: Positive  # P, prompts per step
+    group: Annotated[int, Field(ge=1)]  # G, rollouts per prompt
+    lr: Rate
+    epsilon: Rate
+    beta: Annotated[float, Field(ge=0)]
+    max_grad_norm: Rate
+    token_budget: Positive
+    shared_prefix: bool
+    save_every: Positive
+    seeds: list[int]
+
+    @model_validator(mode="after")
+    def _seeds(self):
+        if not self.seeds:
+            raise ValueError("seeds is empty: give at least one")
+        return self
+
+
+class Evaluation(Section):
+    pairs: Positive
+    bootstrap: Annotated[int, Field(ge=100)]
+
+
+class Benchmarks(Section):
+    names: list[str]
+    rows: Positive
+    votes: Positive
+    own: list[str]  # JSONL files of PreferencePair rows, each one more benchmark
+
+
+class Downstream(Section):
+    candidates: Annotated[int, Field(ge=2)]
+    questions: Positive
+    steps: Positive
+
+
+class Params(Section):
+    """Typed, validated parameters of one run. Sections are those of params.yaml, one for each stage of the story."""
+
+    profile: Profile
+    seed: int
+    data: Data
+    grm: Grm
+    similarity: SimilaritySection
+    judge: Judge
+    policy: Policy
+    cold_start: ColdStart
+    rollout: Rollout
+    reward: Reward
+    metarm: MetaRMSection
+    grpo: Grpo
+    evaluation: Evaluation
+    benchmarks: Benchmarks
+    downstream: Downstream
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.grm.think and self.policy.max_completion < 256:
+            raise ValueError("grm.think needs policy.max_completion of at least 256: a think block would be cut before the verdict")
+        if self.policy.load_in_4bit and self.profile != "gpu":
+            raise ValueError("policy.load_in_4bit needs a GPU: use profile gpu")
+        if self.cold_start.controlled_share + self.cold_start.mr_ben_share > 1:
+            raise ValueError("cold_start.controlled_share + cold_start.mr_ben_share is over 1")
+        return self
+
+
+class ParamsError(ValueError):
+    """Parameters that cannot be used; the message names each key's path and what is allowed."""
+
+
+def _overlay(base: dict, top: dict, path: str = "") -> dict:
+    out = dict(base)
+    for key, value in top.items():
+        here = f"{path}{key}"
+        if key not in base:
+            raise ParamsError(f"{here}: unknown key; allowed: {', '.join(sorted(base))}")
+        if isinstance(base[key], dict):
+            if not isinstance(value, dict):
+                raise ParamsError(f"{here}: expected a section with keys {', '.join(sorted(base[key]))}, found {value!r}")
+            out[key] = _overlay(base[key], value, here + ".")
+        else:
+            out[key] = value
+    return out
+
+
+def _override(text: str) -> dict:
+    key, eq, value = text.partition("=")
+    if not eq or not key.strip():
+        raise ParamsError(f"override {text!r}: write it as section.key=value")
+    out = yaml.safe_load(value)
+    for part in reversed(key.strip().split(".")):
+        out = {part: out}
+    return out
+
+
+def load(path: str | Path = "params.yaml", profile: str | None = None, overrides=()) -> Params:
+    """Read `path`, lay `profile` (default: the file's own) and `overrides` ("grpo.steps=5") over its base.
+
+    Raises FileNotFoundError, or ParamsError naming each wrong key's path and what is allowed."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; run from the repository root or name the file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ParamsError(f"{path}: not readable as YAML: {e}") from e
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: expected sections, found {type(raw).__name__}")
+    profiles = raw.pop("profiles", None) or {}
+    top = [_override(o) for o in overrides]
+    for o in top:  # the profile itself may come as an override
+        profile = o.pop("profile", profile)
+    profile = profile or raw.get("profile")
+    allowed = list(Profile.__args__)
+    if profile not in allowed:
+        raise ParamsError(f"profile: {profile!r}; allowed: {', '.join(allowed)}")
+    if unknown := set(profiles) - set(allowed):
+        raise ParamsError(f"profiles.{sorted(unknown)[0]}: unknown profile; allowed: {', '.join(allowed)}")
+    raw["profile"] = profile
+    for layer, name in [(profiles.get(profile) or {}, f"profiles.{profile}.")] + [(o, "") for o in top]:
+        raw = _overlay(raw, layer, name)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as e:
+        lines = []
+        for err in e.errors():
+            key = ".".join(map(str, err["loc"]))
+            known = Params.model_fields.get(err["loc"][0]) if err["loc"] else None
+            if err["type"] == "extra_forbidden":
+                fields = known.annotation.model_fields if known and len(err["loc"]) > 1 else Params.model_fields
+                lines.append(f"{key}: unknown key; allowed: {', '.join(sorted(fields))}")
+            elif err["type"] == "missing":
+                lines.append(f"{key}: missing")
+            else:
+                lines.append(f"{key or 'params'}: {err['msg'].removeprefix('Value error, ')}" + (f" (found {err['input']!r})" if key else ""))
+        raise ParamsError(f"{path}: " + "; ".join(lines)) from None
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Validate params.yaml and write the parameters of one profile.")
+    ap.add_argument("--profile", default=os.environ.get("RMNLHF_PROFILE") or None)
+    ap.add_argument("-o", "--out", default="results/params.yaml")
+    args = ap.parse_args()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(yaml.safe_dump(load(profile=args.profile).model_dump(), sort_keys=False), encoding="utf-8")
+    os.replace(part, out)
+
+
+if __name__ == "__main__":
+    main()
