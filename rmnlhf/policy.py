@@ -32,9 +32,7 @@ def prepare(name: str) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-        for key in ("quantization_config",):
-            if hasattr(model.config, key):
-                delattr(model.config, key)
+        tok.eos_token, tok.pad_token = "<|im_end|>", "<|endoftext|>"  # the file names the turn's start token as its end
         model.save_pretrained(part)
         tok.save_pretrained(part)
         if not out.exists():
