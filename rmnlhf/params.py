@@ -56,8 +56,11 @@ class Judge(Section):
     timeout: Rate
     retries: Count
     concurrency: Positive
+    answer_tokens: Positive
     max_calls: Positive
     max_tokens: Positive
+    price: Annotated[list[float], Field(min_length=2, max_length=2)] | None  # input, output: currency per million tokens
+    replay_only: bool
 
 
 class Policy(Section):
