@@ -1,0 +1,357 @@
+"""N completions for each prompt, with log-probabilities: Transformers with the prompt encoded once, or vLLM.
+
+Transformers' own `generate` encodes the prompt N times and reads N copies of its keys and values at every token. Here a
+prompt is encoded once; its completions are decoded together and read one copy. On a CPU with bf16 instructions the
+weights of this engine are a merged bf16 copy, whatever the trainer's dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import logging
+import os
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, DynamicCache
+
+log = logging.getLogger(__name__)
+ATTENTION = "rmnlhf_decode"
+_engines = weakref.WeakKeyDictionary()  # model -> TransformersEngine, synchronised before each use
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    ids: token ids, the end token included where `finished`; a completion that reached the limit is not finished
+    logprobs: log-probability of each id under softmax(logits / temperature), which is the distribution that trl's ratio
+      uses (top-p does not enter); at temperature 0 under softmax(logits)
+    text: decoded without special tokens"""
+
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+    finished: bool
+
+
+def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7, top_p=1.0, seed=0, batch=64, dtype=None):
+    """Complete each of `prompts` (lists of token ids, shared objects allowed) `n` times: list of P lists of N `Completion`.
+
+    `model` may carry an adapter: a merged copy is kept and synchronised at each call. Random numbers belong to a prompt's
+    tokens (and to its count, where it is repeated), so neither the order of the prompts nor `batch` (sequences decoded
+    together) changes what is drawn. Temperature 0 is greedy. Raises ValueError for an empty prompt, or one that leaves no
+    room for `max_new_tokens` in the model's context; RuntimeError saying what to lower when memory runs out."""
+    engine = _engines.get(model)
+    if engine is None or (dtype is not None and engine.dtype != dtype):
+        engine = _engines[model] = TransformersEngine(model, tokenizer, dtype)
+    engine.sync(model)
+    return engine.generate(prompts, n, max_new_tokens, temperature, top_p, seed, batch)
+
+
+def engine(model, tokenizer, params):
+    """The engine that `params.rollout.engine` names; "auto" is vLLM where it is installed beside a GPU, else Transformers."""
+    name = params.rollout.engine
+    if name == "auto":
+        name = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+    return VllmEngine(model, tokenizer, params) if name == "vllm" else TransformersEngine(model, tokenizer)
+
+
+def fast_dtype(model) -> torch.dtype:
+    """bf16 on a CPU whose instructions include it (3 times the speed of fp32 there), else the model's own dtype."""
+    own = next(model.parameters()).dtype
+    if model.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return own
+
+
+def merged_weights(model):
+    """Yield (name, weight) of the base model with the active LoRA adapter merged, without changing `model`."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    lora = {k: m for k, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner = name.removesuffix(".base_layer.weight")
+        if owner in lora and owner != name:
+            layer = lora[owner]
+            delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
+            yield owner + ".weight", weight.detach() + delta.detach()
+        else:
+            yield name.replace(".base_layer.", "."), weight.detach()
+
+
+class TransformersEngine:
+    """Batched decoding with shared prompt keys and values. `sync` copies the policy's merged weights in."""
+
+    def __init__(self, model, tokenizer, dtype: torch.dtype | None = None):
+        self.tokenizer, self.dtype = tokenizer, dtype or fast_dtype(model)
+        adapter = hasattr(model, "peft_config")
+        base = model.get_base_model() if adapter else model
+        self.copied = not getattr(base, "is_quantized", False) and (adapter or base.dtype != self.dtype)
+        self.model = model
+        if self.copied:
+            with torch.no_grad():
+                self.model = copy.deepcopy(model)
+                self.model = (self.model.merge_and_unload() if adapter else self.model).to(self.dtype).eval()
+            self.model.requires_grad_(False)
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self.ends = torch.tensor(sorted(e for e in ends if e is not None), device=model.device)
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Take over `model`'s weights, its adapter merged. 0.2 s for 135 M parameters."""
+        if self.copied:
+            target = dict(self.model.named_parameters())
+            for name, weight in merged_weights(model):
+                if name in target:  # a tied head is listed once
+                    target[name].copy_(weight)
+
+    @torch.no_grad()
+    def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
+        """As `rollout.generate`."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for i, ids in enumerate(prompts):
+            if not len(ids):
+                raise ValueError(f"prompt {i} is empty")
+            if limit and len(ids) + max_new_tokens > limit:
+                raise ValueError(
+                    f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} it is over the model's context of "
+                    f"{limit}; lower policy.max_prompt or policy.max_completion"
+                )
+        uniform = _uniforms(prompts, n, max_new_tokens, seed)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
+        out: list = [None] * len(prompts)
+        size = max(1, batch // n)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for start in tqdm(range(0, len(order), size), "rollouts", disable=not progress):
+                part = order[start : start + size]
+                rows = self._decode([prompts[i] for i in part], [uniform[i] for i in part], n, max_new_tokens, temperature, top_p)
+                for g, i in enumerate(part):
+                    out[i] = rows[g * n : (g + 1) * n]
+        except (RuntimeError, MemoryError) as e:
+            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
+                raise RuntimeError(
+                    f"out of memory while decoding {size * n} sequences: lower rollout.batch ({batch}), policy.max_completion "
+                    f"({max_new_tokens}) or policy.max_prompt"
+                ) from e
+            raise
+        finally:
+            self.model.train(training)
+        return out
+
+    def _decode(self, prompts, uniform, n, max_new_tokens, temperature, top_p):
+        model, device = self.model, self.model.device
+        live = torch.arange(len(prompts) * n, device=device)  # row -> completion; finished rows leave
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        kv, logits = _Shared(model, lengths, n, max_new_tokens), []
+        for g, ids in enumerate(prompts):
+            cache = DynamicCache(config=model.config)
+            got = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            kv.put(g, cache)
+            logits.append(got.logits[0, -1])
+        logits = torch.stack(logits).repeat_interleave(n, 0)
+        uniform = torch.stack(uniform).flatten(0, 1).to(device)  # rows × tokens
+        ids = torch.zeros(len(live), max_new_tokens, dtype=torch.long, device=device)
+        lps = torch.zeros(len(live), max_new_tokens, device=device)
+        count = torch.zeros(len(live), dtype=torch.long, device=device)
+        finished = torch.zeros(len(live), dtype=torch.bool, device=device)
+        done = torch.zeros(len(live), dtype=torch.bool, device=device)  # by row, until rows are removed
+        with _attention(model, ATTENTION):
+            for t in range(max_new_tokens):
+                token, lp = _sample(logits, uniform[live, t], temperature, top_p)
+                went_on = live[~done]
+                ids[went_on, t], lps[went_on, t] = token[~done], lp[~done]
+                count[went_on] = t + 1
+                done = done | torch.isin(token, self.ends)
+                finished[live[done]] = True
+                left = int((~done).sum())
+                if left == 0 or t == max_new_tokens - 1:
+                    break
+                if left <= 0.8 * len(live):
+                    keep = (~done).nonzero()[:, 0]
+                    live, token, done = live[keep], token[keep], done[keep]
+                    kv.keep(keep)
+                position = (lengths[live // n] + t)[:, None]
+                mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4D: passed on as it is; `_Shared` masks
+                logits = model(
+                    token[:, None], position_ids=position, past_key_values=kv, use_cache=True, attention_mask=mask, rmnlhf_kv=kv
+                ).logits[:, -1]
+        ids, lps, count, finished = ids.tolist(), lps.tolist(), count.tolist(), finished.tolist()
+        texts = self.tokenizer.batch_decode([r[:c] for r, c in zip(ids, count)], skip_special_tokens=True)
+        return [Completion(r[:c], p[:c], x, f) for r, p, c, x, f in zip(ids, lps, count, texts, finished)]
+
+
+def _uniforms(prompts, n, tokens, seed):
+    """One (n, tokens) block of random numbers in [0, 1) for each prompt, by the prompt's tokens and how often it came before."""
+    seen, out = {}, []
+    for ids in prompts:
+        key = hashlib.sha256(f"{seed}:{list(ids)}".encode()).digest()
+        seen[key] = seen.get(key, -1) + 1
+        number = int.from_bytes(hashlib.sha256(key + bytes([seen[key] % 256, seen[key] // 256])).digest()[:8], "little")
+        out.append(torch.rand(n, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(number >> 1)))
+    return out
+
+
+def _sample(logits, uniform, temperature, top_p):
+    """Token and its log-probability for each row, by the inverse of the distribution function."""
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, (logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
+    logps = torch.log_softmax(logits / temperature, -1)
+    probs = logps.exp()
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked[(ranked.cumsum(-1) - ranked) >= top_p] = 0.0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    total = probs.cumsum(-1)
+    at = (uniform.to(total.dtype) * total[:, -1])[:, None]
+    token = torch.searchsorted(total, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return token, logps.gather(-1, token[:, None])[:, 0]
+
+
+class _Shared:
+    """Keys and values while decoding: one copy for each prompt (G, H, P, D), padded on the right, and the completions' own
+    (R, H, T, D), allocated once. It stands in for a Transformers cache: a model calls `update` in each layer."""
+
+    is_compileable = False
+
+    def __init__(self, model, lengths, n, tokens):
+        self.n, self.tokens, self.lengths = n, tokens, lengths
+        self.rows = torch.arange(len(lengths) * n, device=lengths.device) // n  # row -> prompt
+        self.prompt: list = []  # by layer: [keys, values]
+        self.own: list = []
+        padding = torch.arange(int(lengths.max()), device=lengths.device)[None] >= lengths[:, None]
+        self.bias = torch.zeros(padding.shape, device=lengths.device).masked_fill(padding, float("-inf"))[:, None, None]
+        self.steps: list[int] = []
+        self._layout()
+
+    def put(self, g: int, cache):
+        """Take over prompt `g` from a Transformers cache that holds it alone."""
+        for i, layer in enumerate(cache.layers):
+            _, h, p, d = layer.keys.shape
+            if len(self.prompt) <= i:
+                shape = (len(self.lengths), h, self.bias.shape[-1], d)
+                self.prompt.append([layer.keys.new_zeros(shape), layer.values.new_zeros(shape)])
+                self.own.append([layer.keys.new_empty(len(self.rows), h, self.tokens, d) for _ in "kv"])
+                self.steps.append(0)
+            self.prompt[i][0][g, :, :p], self.prompt[i][1][g, :, :p] = layer.keys[0], layer.values[0]
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        t = self.steps[layer_idx]
+        own = self.own[layer_idx]
+        own[0][:, :, t], own[1][:, :, t] = keys[:, :, 0], values[:, :, 0]
+        self.steps[layer_idx] = t + 1
+        return own[0][:, :, : t + 1], own[1][:, :, : t + 1]
+
+    def keep(self, index):
+        """Drop every row that is not in `index`, and prompts without rows."""
+        self.own = [[x[index] for x in own] for own in self.own]
+        groups, self.rows = torch.unique(self.rows[index], return_inverse=True)
+        if len(groups) < len(self.lengths):
+            self.lengths = self.lengths[groups]
+            width = int(self.lengths.max())
+            self.bias = self.bias[groups, ..., :width]
+            self.prompt = [[x[groups, :, :width] for x in pair] for pair in self.prompt]
+        self._layout()
+
+    def _layout(self):
+        """Rows of a prompt stand side by side in (G, M) slots, so that one product reads the prompt once for all of them."""
+        counts = torch.bincount(self.rows)
+        self.slots = int(counts.max())
+        first = torch.cumsum(counts, 0) - counts
+        slot = self.rows * self.slots + torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
+        self.slot = None if len(slot) == len(counts) * self.slots else slot  # None: no slot is empty
+
+    def get_seq_length(self, *args) -> int:
+        return self.steps[0] if self.steps else 0
+
+    def attend(self, query, keys, values, layer_idx, scaling):
+        """query (R, heads, 1, D), own keys and values (R, H, t, D) → (R, 1, heads, D): one softmax over prompt and own tokens."""
+        r, heads, _, d = query.shape
+        h = keys.shape[1]
+        g, m, rep = len(self.lengths), self.slots, heads // h
+        prompt_keys, prompt_values = self.prompt[layer_idx]
+        q = query.reshape(r, h, rep, d) * scaling
+        padded = q if self.slot is None else q.new_zeros(g * m, h, rep, d).index_copy_(0, self.slot, q)
+        grouped = padded.view(g, m, h, rep, d).transpose(1, 2).reshape(g, h, m * rep, d)
+        shared = torch.matmul(grouped, prompt_keys.transpose(2, 3)).float() + self.bias
+        shared = shared.view(g, h, m, rep, -1).transpose(1, 2).reshape(g * m, h, rep, -1)
+        shared = shared if self.slot is None else shared[self.slot]
+        own = torch.matmul(q, keys.transpose(2, 3)).float()
+        weights = torch.cat([shared, own], -1).softmax(-1).to(query.dtype)
+        at_prompt, at_own = weights.split([shared.shape[-1], own.shape[-1]], -1)
+        padded = at_prompt if self.slot is None else q.new_zeros(g * m, h, rep, at_prompt.shape[-1]).index_copy_(0, self.slot, at_prompt)
+        grouped = padded.reshape(g, m, h, rep, -1).transpose(1, 2).reshape(g, h, m * rep, -1)
+        mixed = torch.matmul(grouped, prompt_values).view(g, h, m, rep, d).transpose(1, 2).reshape(g * m, h, rep, d)
+        mixed = (mixed if self.slot is None else mixed[self.slot]) + torch.matmul(at_own, values)
+        return mixed.reshape(r, 1, heads, d)
+
+
+def _decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rmnlhf_kv=None, **kwargs):
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return rmnlhf_kv.attend(query, key, value, module.layer_idx, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _decode_attention)
+
+
+@contextmanager
+def _attention(model, name):
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class VllmEngine:
+    """vLLM behind the same calls. One engine for each process; merged weights are reloaded into it by `sync`.
+
+    `reload_weights` is used and not `load_weights`, which fails on a CPU, where layers are repacked after loading."""
+
+    def __init__(self, model, tokenizer, params):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over inside this process
+        from vllm import LLM
+
+        self.tokenizer, self.cpu = tokenizer, not torch.cuda.is_available()
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.llm = LLM(
+            model=base.config._name_or_path, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
+            max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=0.35,
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True,
+        )  # fmt: skip
+
+    def sync(self, model):
+        weights = [(k, w.to(torch.bfloat16)) for k, w in merged_weights(model)]
+        self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
+        self.llm.reset_prefix_cache()
+
+    def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
+        """As `rollout.generate`; on a CPU the engine's own seed counts, since vLLM has no seed by request there."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, seed=None if self.cpu else seed
+        )
+        got = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=progress)
+        return [
+            [
+                Completion(
+                    list(o.token_ids), [lp[i].logprob for i, lp in zip(o.token_ids, o.logprobs)],
+                    self.tokenizer.decode(o.token_ids, skip_special_tokens=True), o.finish_reason == "stop",
+                )
+                for o in request.outputs
+            ]
+            for request in got
+        ]  # fmt: skip
