@@ -7,6 +7,7 @@ A completion is an optional think block, then `<critics>…</critics>`, then `<c
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from .pairs import PreferencePair
@@ -82,13 +83,79 @@ def _cut(text, ids, keep, tokenizer):
     return tokenizer.decode(ids[:head]) + CUT + (tokenizer.decode(ids[-(keep // 2) :]) if keep > 1 else "")
 
 
+# Delimiters that no text of the data may form: this format's tags and verdicts, the prompt's own headings, and the turn
+# tokens of the common chat templates. Each match is the character that a backslash follows once neutralised.
+_TAGS = r"/?(?:critics|choice|think)\s*>"
+_CHAT = r"\|[^|<>\n]{1,40}\|>|｜[^｜<>\n]{1,40}｜>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|<?SYS>)>|/?INST\]"
+_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.I | re.A)
+
+
 def neutralise(text: str) -> str:
-    return text
+    r"""Break every delimiter inside a text of the data with a backslash: `<choice>` → `<\choice>`. `restore` undoes it exactly."""
+    return _FORGED.sub(lambda m: m[0] + "\\", text)
 
 
-def parse_judgement(text: str, max_lines: int = 4, max_chars: int = 1500) -> Judgement:
-    """First form; hardened next."""
-    m = re.fullmatch(r"\s*<critics>(.*?)</critics>\s*<choice>\s*\[\[([AB])\]\]\s*</choice>\s*", text.split("</think>")[-1], re.S)
-    if not m:
-        return Judgement(None, None, "format")
-    return Judgement(m[1].strip(), m[2], None)
+def restore(text: str) -> str:
+    """The inverse of `neutralise`: restore(neutralise(x)) == x for every x."""
+    return _FORGED.sub(lambda m: m[0].removesuffix("\\"), text)
+
+
+_TAG = re.compile(r"<(/?)(critics|choice|think)>", re.I | re.A)
+_SIDE = r"\s*(?:(?:response|answer)\s*)?([AB])\s*"
+_CHOICE = re.compile(rf"[\s*\"'`]*(?:\[\[{_SIDE}\]\]|\[{_SIDE}\]|\({_SIDE}\)|{_SIDE})[\s*\"'`.]*", re.I | re.A)
+_BARE = re.compile(r"\[\[\s*(?:response\s*)?[AB]\s*\]\]", re.I | re.A)
+_END = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<｜end▁of▁sentence｜>)*\Z")
+_SENTENCE = re.compile(r"[.!?;\n]+")
+
+
+def parse_judgement(text: str, max_lines: int = 4, max_chars: int = 1500, max_repeats: int = 2) -> Judgement:
+    """Completion → critique and verdict, in linear time; never raises for a text.
+
+    The verdict is the one choice block that follows the one critique block and ends the text. What stands in the think block
+    (everything up to the last `</think>`: the chat template may have opened it) or in the critique can never be a verdict.
+    Errors: over `max_lines` non-blank lines or `max_chars` characters of critique, or one sentence more than `max_repeats`
+    times (paper, released code: reward −1), as well as anything cut, nested, doubled, hedged or missing."""
+    if not isinstance(text, str) or not text.strip():
+        return Judgement(None, None, "empty output")
+    tags = [(m[1] + m[2].lower(), m.start(), m.end()) for m in _TAG.finditer(text)]
+    names = [t[0] for t in tags]
+    thought = max((i + 1 for i, n in enumerate(names) if n == "/think"), default=0)
+    start = tags[thought - 1][2] if thought else 0
+    tags, names = tags[thought:], names[thought:]
+    if "think" in names:
+        return Judgement(None, None, "think block not closed")
+    if not names or "critics" not in names:
+        return Judgement(None, None, "no critique block")
+    if names.count("critics") > 1 or names.count("/critics") > 1:
+        return Judgement(None, None, "more than one critique block")
+    if "/critics" not in names:
+        return Judgement(None, None, "critique block not closed")
+    opened, closed = names.index("critics"), names.index("/critics")
+    if opened != 0 or closed < opened:
+        return Judgement(None, None, "a tag stands before the critique block")
+    critique = restore(text[tags[opened][2] : tags[closed][1]].strip())
+    after = names[closed + 1 :]
+    error = None
+    if after != ["choice", "/choice"]:
+        error = (
+            "no choice block" if not after else "choice block not closed" if after == ["choice"] else "not exactly one choice block"
+        )
+        return Judgement(critique or None, None, error)
+    (_, choice_start, inner_start), (_, inner_end, choice_end) = tags[closed + 1 :]
+    choice = _CHOICE.fullmatch(text[inner_start:inner_end]) if inner_end - inner_start <= 60 else None
+    repeats = Counter(s for s in (" ".join(s.lower().split()) for s in _SENTENCE.split(critique)) if s)
+    if not choice:
+        error = "the choice is neither A nor B"
+    elif _BARE.search(text, start, tags[opened][1]) or _BARE.search(text, tags[closed][2], choice_start):
+        error = "a verdict outside the choice block"
+    elif not _END.match(text, choice_end):
+        error = "text after the choice"
+    elif not critique:
+        error = "empty critique"
+    elif len(critique) > max_chars:
+        error = f"critique over {max_chars} characters"
+    elif sum(bool(line.strip()) for line in critique.splitlines()) > max_lines:
+        error = f"critique over {max_lines} lines"
+    elif max(repeats.values(), default=0) > max_repeats:
+        error = f"a sentence more than {max_repeats} times"
+    return Judgement(critique or None, None if error else choice[choice.lastindex].upper(), error)

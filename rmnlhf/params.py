@@ -40,6 +40,7 @@ class Grm(Section):
     think: bool
     max_lines: Positive
     max_chars: Positive
+    max_repeats: Positive  # of one sentence within a critique
 
 
 class SimilaritySection(Section):
