@@ -6,6 +6,7 @@ out as JSON Lines; a row that cannot be used is refused with a reason and counte
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from typing import Iterable, Literal
 
 Label = Literal["A", "B"]
 OTHER = {"A": "B", "B": "A"}
-_SIDE = re.compile(r"\b(Response|Responses)(\s+)(A|B)\b")
+# "Response A", "Responses A and B", "Response A or B": the letter after a joining word is a side too
+_SIDE = re.compile(r"\b([Rr]esponses?\s+)(A|B)\b(?:(\s*(?:and|or|nor|vs\.?|versus|than|,|/|&)\s*)(A|B)\b)?")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PreferencePair:
         """The same pair shown in the other order, labels and critiques included."""
         return PreferencePair(
             self.id, self.source, self.group, self.context, self.response_b, self.response_a, OTHER[self.label],
-            [c.swapped() for c in self.critiques], self.meta,
+            [c.swapped() for c in self.critiques], _swap_meta(self.meta),
         )  # fmt: skip
 
     def to_dict(self) -> dict:
@@ -105,7 +107,28 @@ class PreferencePair:
 
 def swap_sides(text: str) -> str:
     """Exchange "Response A" and "Response B" in a text."""
-    return _SIDE.sub(lambda m: m[1] + m[2] + OTHER[m[3]], text)
+    return _SIDE.sub(lambda m: m[1] + OTHER[m[2]] + (m[3] + OTHER[m[4]] if m[4] else ""), text)
+
+
+def _swap_meta(value):
+    """Entries of `meta` that name a side ({text, side, polarity}) turn with their pair."""
+    if isinstance(value, list):
+        return [_swap_meta(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("side") not in ("A", "B"):
+        return {k: _swap_meta(v) for k, v in value.items()}
+    return {**value, "side": OTHER[value["side"]], "text": swap_sides(value.get("text", ""))}
+
+
+def fingerprint(*parts) -> int:
+    """A 64-bit number that depends on the text of `parts` alone: what rows are ordered by, and which side they stand on."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def settle(pair: PreferencePair) -> PreferencePair:
+    """The pair in the order that its id's hash decides: sources lay a pair out as they find it, then settle it."""
+    return pair.swapped() if fingerprint("order", pair.id) % 2 else pair
 
 
 def refusal(pair: PreferencePair) -> str | None:

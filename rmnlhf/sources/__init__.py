@@ -1,0 +1,99 @@
+"""The datasets: a registry, one file per dataset, and `fetch` (what `make data` runs).
+
+    sources.load("ukpconvarg") -> list[PreferencePair]       sources.path("judgebench") -> its folder under data/
+
+A source's files, upstream commit, licence and sha256 stand in manifest.json; hub datasets are named in `HUB`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from rmnlhf.pairs import PreferencePair
+
+# pair sources: name -> folders under data/ that they read
+PAIRS = {
+    "ukpconvarg": ["ukpconvarg1", "ukpconvarg2"],
+    "mr_ben": ["mr_ben"],
+    "haluquestqa": ["haluquestqa"],
+    "helpsteer3": ["helpsteer3"],
+    "helpsteer3_sample": ["helpsteer3_sample"],
+    "tulu3_if": ["tulu3_if"],
+    "controlled": [],
+}
+# only fetched and located here; rmnlhf.benchmarks and the two `rows` functions read them
+ROWS = ["judgebench", "pandalm", "llmbar", "rm_bench", "rewardbench", "rewardbench2", "math500", "processbench"]
+# hub datasets: fetched on request (they are large). `revision` None = the newest, resolved and recorded when fetched
+HUB = {
+    "helpsteer3": dict(id="nvidia/HelpSteer3", files="preference/*", licence="CC-BY-4.0",
+                       revision="f6d145777bcbde96137596340fab89793acd1031"),
+    "tulu3_if": dict(id="allenai/tulu-3-pref-personas-instruction-following", files="data/*", licence="ODC-BY-1.0",
+                     revision=None),
+    "rewardbench": dict(id="allenai/reward-bench", files="data/*", licence="ODC-BY-1.0", revision=None),
+    "rewardbench2": dict(id="allenai/reward-bench-2", files="data/*", licence="ODC-BY-1.0", revision=None),
+}  # fmt: skip
+MODULES = {"helpsteer3_sample": "helpsteer3"}
+
+
+@cache
+def manifest() -> dict:
+    """{folder: {upstream, commit, licence, note, files: [{path, upstream_path, bytes, sha256}]}}"""
+    return json.loads(Path(__file__).with_name("manifest.json").read_text(encoding="utf-8"))
+
+
+def names() -> list[str]:
+    return list(PAIRS)
+
+
+def folders(name: str) -> list[str]:
+    """The folders under data/ of a source. Raises KeyError, with the names that exist, for an unknown one."""
+    if name not in PAIRS and name not in ROWS:
+        raise KeyError(f"unknown source {name!r}; known: {', '.join([*PAIRS, *ROWS])}")
+    return PAIRS.get(name, [name])
+
+
+def path(name: str, data_dir: str | Path = "data") -> Path:
+    """The (first) folder that holds a source's files, whether they have been fetched or not."""
+    return Path(data_dir, (folders(name) or [name])[0])
+
+
+def licence(name: str) -> str:
+    first = next(iter(folders(name)), None)
+    return "Apache-2.0 (this project)" if first is None else (manifest().get(first) or HUB[first])["licence"]
+
+
+def available(name: str, data_dir: str | Path = "data") -> bool:
+    """Whether all files of a source are there, at their size (`fetch` checks the sha256)."""
+    for folder in folders(name):
+        if folder in HUB:
+            if not Path(data_dir, folder, "FETCHED.json").exists():
+                return False
+        for f in manifest().get(folder, {}).get("files", []):
+            file = Path(data_dir, f["path"])
+            if not file.exists() or file.stat().st_size != f["bytes"]:
+                return False
+    return True
+
+
+def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
+    """All usable pairs of a source, in its own order. What was left out, by reason: `refused(name)` after the call.
+
+    Raises KeyError for an unknown name, FileNotFoundError (what to do is in the message) where its files are missing."""
+    if name not in PAIRS:
+        raise KeyError(f"no pairs in {name!r}; sources of pairs: {', '.join(PAIRS)}")
+    return read(name, data_dir)[0]
+
+
+def read(name: str, data_dir: str | Path = "data"):
+    """(pairs, rows read, Counter of refused rows by reason) of a source; len(pairs) + refused == rows."""
+    if not available(name, data_dir):
+        hint = f"python -m rmnlhf.sources {name}" if name in HUB else "make data"
+        raise FileNotFoundError(f"{path(name, data_dir)}: files of source {name!r} are missing; run `{hint}`")
+    module = import_module(f"rmnlhf.sources.{MODULES.get(name, name)}")
+    pairs, rows, refused = module.read(Path(data_dir), name)
+    if len(pairs) + sum(refused.values()) != rows:
+        raise AssertionError(f"{name}: {len(pairs)} kept + {sum(refused.values())} refused is not {rows} rows read")
+    return pairs, rows, refused

@@ -1,0 +1,95 @@
+"""UKPConvArg: which of two arguments of a debate convinces more, with the reasons of five crowd workers for each pair.
+
+UKPConvArg1 (Habernal & Gurevych, ACL 2016) gives pairs, gold labels and reasons; UKPConvArg2 (EMNLP 2016) gives reason
+codes for part of the same pairs, joined here on the pair id. Both arguments of a pair take the same stance.
+
+meta: pair_id (upstream), debate, stance, competence {annotator: MACE estimate, 0..1}, reason_codes (UKPConvArg2 only).
+Codes name why the better argument wins (o8, o9: its merits) or the worse one loses (o5, o6, o7: its faults); see CODES.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+from rmnlhf.pairs import HumanCritique, PreferencePair, settle
+
+CODES = {}
+
+_SIDE = {"1": "A", "!": "A", "2": "B", "one": "A", "two": "B", "a": "A", "b": "B", "first": "A", "second": "B", "1st": "A",
+         "2nd": "B", "former": "A", "latter": "B"}  # fmt: skip
+_NOUN = (
+    r"(?:arg(?:u?e?m[ea]n?t?s?|uements?|ments?|\.)?|response|answer|option|opinion|statement|post|side|number|no\.|"
+    r"speaker|person|author|writer|debater)"
+)
+_VERB = r"(?=\s+(?:is|was|has|had|makes?|made|gives?|gave|does|did|states?|uses?|shows?|offers?|explains?|provides?|sounds?)\b)"
+# The many ways in which workers name "a1" and "a2": A1, a 1, A#2, arg. one, argument number two, the first one, #1, ...
+_NAMES = re.compile(
+    rf"""(?<![\w'])(?:the\s+)?(?:
+      {_NOUN}\s*[-\#:.]?\s*(?:no\.?\s*|number\s*|\#\s*)?(1|2|one|two|[ab](?=['’]s|{_VERB[3:-1]}))(?!\w)
+    | (?:arg\w*\s+)?a\s?[-.\#_]?\s?([12!])(?!\d)
+    | (first|second|1st|2nd)\s+(?:{_NOUN}|one|person|author|writer|comment|poster)(?!\w)
+    | (first|second|former|latter)(?:\s+{_NOUN}(?!\w)|{_VERB})
+    | \#\s?([12])(?!\d)
+    )
+    | ^\s*([12])(?:{_VERB}|'s)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def normalise(text: str) -> str:
+    """A worker's text with "a1" and "a2", however written, as "Response A" and "Response B"."""
+    text = _NAMES.sub(lambda m: "Response " + _SIDE[next(g for g in m.groups() if g).lower()] + " ", text)
+    return re.sub(r"\s+(?=[\s.,;:!?'’)])", "", text).strip()
+
+
+def _codes(folder: Path) -> dict[str, list[str]]:
+    out = {}
+    for file in sorted(folder.glob("*.csv")):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                pair_id, codes = line.split("\t")[:2]
+                out[pair_id] = codes.split(",")
+    return out
+
+
+def read(data_dir: Path, name: str = "ukpconvarg"):
+    """(pairs, annotated pairs in the XML files, Counter of those left out): ties and pairs without a gold label."""
+    codes = _codes(data_dir / "ukpconvarg2" / "csv")
+    pairs, rows, refused = [], 0, Counter()
+    for file in sorted((data_dir / "ukpconvarg1" / "full-xml").glob("*.xml")):
+        for node in ET.parse(file).getroot():
+            rows += 1
+            gold = node.findtext("goldLabel")
+            if gold not in ("a1", "a2"):
+                refused["tie" if gold == "equal" else "no gold label"] += 1
+                continue
+            pairs.append(_pair(node, gold, codes))
+    return pairs, rows, refused
+
+
+def _pair(node, gold: str, codes: dict) -> PreferencePair:
+    label = {"a1": "A", "a2": "B", "equal": None}
+    pair_id, title, stance = node.findtext("id"), node.findtext("debateMetaData/title"), node.findtext("arg1/stance")
+    works = [*node.iter("mTurkAssignment")]
+    meta = {
+        "pair_id": pair_id, "debate": title, "stance": stance,
+        "competence": {w.findtext("turkID"): float(w.findtext("turkCompetence")) for w in works},
+    }  # fmt: skip
+    if pair_id in codes:
+        meta["reason_codes"] = codes[pair_id]
+    critiques = [
+        HumanCritique(w.findtext("turkID"), label[w.findtext("value")], normalise(w.findtext("reason") or "")) for w in works
+    ]
+    critiques = [c for c in critiques if c.text]
+    if not any(c.label == label[gold] for c in critiques):
+        meta["no_agreeing"] = "no worker chose the gold label with a written reason"
+    question = f'Debate: {title}\nStance: {stance}\nWrite an argument for this stance that convinces.'
+    return settle(
+        PreferencePair(
+            f"ukpconvarg-{pair_id}", "ukpconvarg", title, [{"role": "user", "content": question}],
+            node.findtext("arg1/text"), node.findtext("arg2/text"), label[gold], critiques, meta,
+        )  # fmt: skip
+    )

@@ -1,0 +1,245 @@
+"""Which pair plays which role, and whether a training pair leaks into an evaluation set.
+
+Roles of a source with human critiques, by group (debate, question), so that no group stands on two sides:
+  train   critiques are seen
+  hidden  the same kind of pairs with the critiques taken away: what MetaRM must generalise to; `hidden_truth` keeps them
+  unseen  evaluation
+A source that marks its own split (meta["split"] == "validation") keeps it. Where `data.plain_sources` gives pairs without
+critiques, they are the hidden part and all training groups of the critique sources are seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rmnlhf import pairs as pairs_, sources
+from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint
+
+log = logging.getLogger(__name__)
+SHARES = {"train": 6, "hidden": 6, "unseen": 4}  # of the 16 debates of ukpconvarg; in proportion elsewhere
+
+
+@dataclass
+class Splits:
+    train: list[PreferencePair]
+    hidden: list[PreferencePair]
+    unseen: list[PreferencePair]
+    evaluation: dict[str, list[PreferencePair]]
+    hidden_truth: dict[str, list[HumanCritique]]
+    source: str  # the training data really used, "controlled" where nothing else was there
+    report: dict = field(default_factory=dict)  # {source: {"read": n, "refused": {...}, role: n, "left out": {...}}}
+
+
+def make(params) -> Splits:
+    """Splits of one run; the same params and files give the same splits, pair by pair."""
+    d, seed = params.data, params.seed
+    with_critiques, missing = _present(d.critique_sources, d.dir)
+    if not with_critiques:
+        log.warning("NO DATA for %s: running on the generated pairs `controlled` instead", ", ".join(missing))
+        with_critiques = ["controlled"]
+    plain, _ = _present(d.plain_sources, d.dir)
+    report, roles = {}, {role: [] for role in SHARES}
+    for name in with_critiques:
+        found, rows, refused = sources.read(name, d.dir)
+        report[name] = {"read": rows, "refused": dict(refused)}
+        for role, members in assign(found, seed, hide=not plain).items():
+            roles[role] += members
+    for name in plain:
+        found, rows, refused = sources.read(name, d.dir)
+        report[name] = {"read": rows, "refused": dict(refused)}
+        roles["hidden"] += found
+    if d.own:
+        own = pairs_.read_jsonl(d.own)
+        report[d.own] = {"read": own.lines, "refused": dict(own.refused), "examples": own.examples}
+        for pair in own.pairs:
+            roles["train" if pair.agreeing else "hidden"].append(pair)
+
+    evaluation = {}
+    for pair in roles["unseen"]:
+        evaluation.setdefault(pair.source, []).append(pair)
+    for name in _present(d.evaluation_sources, d.dir)[0]:
+        found, rows, refused = sources.read(name, d.dir)
+        report[name] = {"read": rows, "refused": dict(refused)}
+        evaluation[name] = found
+    evaluation = {name: alternate(members, seed)[: d.max_eval] for name, members in evaluation.items()}
+
+    left_out = Counter()
+    for role in ("train", "hidden"):
+        fits = [p for p in roles[role] if max(len(p.response_a), len(p.response_b)) <= d.max_chars]
+        left_out[f"{role}: a response over {d.max_chars} characters"] = len(roles[role]) - len(fits)
+        kept = balanced(fits, seed) if d.balance == "length" else by_hash(fits, seed)
+        left_out[f"{role}: for the length balance"] = len(fits) - len(kept)
+        roles[role] = kept
+    total = len(roles["train"]) + len(roles["hidden"])
+    for role in ("train", "hidden"):  # cut in proportion, in hash order
+        keep = len(roles[role]) if total <= d.max_train else d.max_train * len(roles[role]) // total
+        left_out[f"{role}: over data.max_train"] = len(roles[role]) - keep
+        roles[role] = roles[role][:keep]
+    report["left out of training"] = {k: v for k, v in left_out.items() if v}
+    return Splits(
+        roles["train"],
+        [replace(p, critiques=[]) for p in roles["hidden"]],
+        alternate(roles["unseen"], seed),
+        evaluation,
+        {p.id: p.critiques for p in roles["hidden"] if p.critiques},
+        "+".join(with_critiques + plain),
+        report,
+    )
+
+
+def _present(names, data_dir) -> tuple[list[str], list[str]]:
+    there = [n for n in names if sources.available(n, data_dir)]
+    missing = [n for n in names if n not in there]
+    for name in missing:
+        log.warning("source %s is not in %s: left out (`make data`, or python -m rmnlhf.sources %s)", name, data_dir, name)
+    return there, missing
+
+
+def assign(found: list[PreferencePair], seed: int, hide: bool = True) -> dict[str, list[PreferencePair]]:
+    """{role: pairs}, by group, in the shares of SHARES; `hide` False puts the hidden share to train."""
+    out = {role: [p for p in found if role == "unseen" and p.meta.get("split") == "validation"] for role in SHARES}
+    rest = [p for p in found if p.meta.get("split") != "validation"]
+    groups = sorted({p.group for p in rest}, key=lambda g: fingerprint(seed, "group", g))
+    shares = {r: n for r, n in SHARES.items() if not (r == "unseen" and out["unseen"])}
+    role_of, start, done = {}, 0, 0
+    for role, share in shares.items():
+        done += share
+        end = round(len(groups) * done / sum(shares.values()))
+        role_of |= dict.fromkeys(groups[start:end], role)
+        start = end
+    for pair in rest:
+        role = role_of[pair.group]
+        out["train" if role == "hidden" and not hide else role].append(pair)
+    return out
+
+
+def by_hash(members, seed: int) -> list[PreferencePair]:
+    return sorted(members, key=lambda p: fingerprint(seed, p.id))
+
+
+def balanced(members, seed: int) -> list[PreferencePair]:
+    """As many pairs where the longer response is right as where it is wrong, within each group; in hash order.
+
+    Equally long responses stay: "longer wins" cannot use them."""
+    slices = defaultdict(lambda: {True: [], False: []})
+    out = []
+    for pair in by_hash(members, seed):
+        if pair.longer is None:
+            out.append(pair)
+        else:
+            slices[pair.group][pair.longer == pair.label].append(pair)
+    for right_wrong in slices.values():
+        n = min(map(len, right_wrong.values()))
+        out += right_wrong[True][:n] + right_wrong[False][:n]
+    return by_hash(out, seed)
+
+
+def alternate(members, seed: int) -> list[PreferencePair]:
+    """Evaluation order: longer right and longer wrong in turn, each in hash order, as long as both last.
+
+    Any beginning of the list then holds both slices in equal parts; figures are given by slice, or weighted."""
+    ordered = by_hash(members, seed)
+    right = [p for p in ordered if p.longer in (p.label, None)]
+    wrong = [p for p in ordered if p.longer not in (p.label, None)]
+    n = min(len(right), len(wrong))
+    return [p for two in zip(right, wrong) for p in two] + right[n:] + wrong[n:]
+
+
+def save(splits: Splits, folder: str | Path = "results/splits") -> Path:
+    folder = Path(folder)
+    for role in SHARES:
+        pairs_.write_jsonl(folder / f"{role}.jsonl", getattr(splits, role))
+    for name, members in splits.evaluation.items():
+        pairs_.write_jsonl(folder / "evaluation" / f"{name}.jsonl", members)
+    truth = [{"id": i, "critiques": [vars(c) for c in cs]} for i, cs in splits.hidden_truth.items()]
+    pairs_.write_jsonl(folder / "hidden_truth.jsonl", truth)
+    about = {"source": splits.source, "evaluation": list(splits.evaluation), "report": splits.report}
+    pairs_.write_jsonl(folder / "splits.json", [about])
+    return folder
+
+
+def load(folder: str | Path = "results/splits") -> Splits:
+    """What 00_data saved. Raises FileNotFoundError where it has not run."""
+    folder = Path(folder)
+    if not (folder / "splits.json").exists():
+        raise FileNotFoundError(f"{folder / 'splits.json'}: no splits yet; run notebook 00_data (dvc repro 00_data)")
+    about = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+
+    def rows(file):
+        return [PreferencePair.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+    truth = map(json.loads, filter(None, (folder / "hidden_truth.jsonl").read_text(encoding="utf-8").split("\n")))
+    return Splits(
+        *(rows(folder / f"{role}.jsonl") for role in SHARES),
+        {name: rows(folder / "evaluation" / f"{name}.jsonl") for name in about["evaluation"]},
+        {t["id"]: [HumanCritique(**c) for c in t["critiques"]] for t in truth},
+        about["source"],
+        about["report"],
+    )  # fmt: skip
+
+
+# --- leakage -------------------------------------------------------------------------------------------------------
+SHINGLE = 5  # characters
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _unit(pair: PreferencePair, unit: str) -> list[str]:
+    prompt = " ".join(t["content"] for t in pair.context)
+    if unit == "prompt":
+        return [prompt]
+    if unit == "response":
+        return [pair.response_a, pair.response_b]
+    return ["\n".join([prompt, *sorted([pair.response_a, pair.response_b])])]
+
+
+def leakage(train, evaluation, unit: str = "pair", threshold: float = 0.6) -> dict[str, list[tuple[str, str, float]]]:
+    """Training pairs that stand, exactly or nearly, in an evaluation set.
+
+    unit: "pair" (prompt and both responses, in either order), "prompt" or "response" (either one)
+    returns {"exact": [(train id, evaluation id, 1.0)], "near": [(train id, evaluation id, Jaccard)]}: for each training pair
+    its best match. Exact = equal but for case, punctuation and blanks. Near = Jaccard similarity of 5-character shingles
+    >= threshold; candidates come from MinHash-LSH (128 permutations), then the similarity is computed in full."""
+    from datasketch import MinHash, MinHashLSH
+
+    def shingles(text):
+        return {zlib.crc32(text[i : i + SHINGLE].encode()) for i in range(max(1, len(text) - SHINGLE + 1))}
+
+    def sketch(grams):
+        m = MinHash(num_perm=128, hashfunc=int)
+        m.update_batch(list(grams))
+        return m
+
+    index, sets, texts, owner = MinHashLSH(num_perm=128, params=(32, 4)), [], {}, []
+    for pair in evaluation:
+        for text in {_plain(t) for t in _unit(pair, unit)}:
+            if text in texts:
+                continue
+            texts[text] = pair.id
+            index.insert(len(sets), sketch(grams := shingles(text)))
+            sets.append(grams)
+            owner.append(pair.id)
+    found = {"exact": [], "near": []}
+    for pair in train:
+        best = ("", 0.0)
+        for text in {_plain(t) for t in _unit(pair, unit)}:
+            if text in texts:
+                best = (texts[text], 2.0)
+                break
+            grams = shingles(text)
+            for i in index.query(sketch(grams)):
+                score = len(grams & sets[i]) / len(grams | sets[i])
+                best = max(best, (owner[i], score), key=lambda b: b[1])
+        if best[1] == 2.0:
+            found["exact"].append((pair.id, best[0], 1.0))
+        elif best[1] >= threshold:
+            found["near"].append((pair.id, best[0], best[1]))
+    return found
