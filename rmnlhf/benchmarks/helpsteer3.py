@@ -1,0 +1,32 @@
+"""HelpSteer3 preference, validation split (2,017 rows): which of two responses annotators prefer, in four domains.
+
+Rule: sign of `overall_preference` (negative = response 1 better; 0 = no gold, not scored); accuracy, both orders averaged,
+fraction of 1, per domain. Where the split has not been fetched, the 100 real rows of helpsteer3_sample stand in: labelled
+`partial` by the runner, never the whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rmnlhf import sources
+
+from .own import as_benchmark
+from .scoring import Benchmark
+
+
+def read(data_dir: Path) -> list:
+    """PreferencePairs with their human critiques."""
+    if sources.available("helpsteer3", data_dir):
+        pairs = [p for p in sources.load("helpsteer3", data_dir) if p.meta.get("split") == "validation"]
+        if pairs:
+            return pairs
+    return sources.load("helpsteer3_sample", data_dir)
+
+
+def label(row: dict) -> str | None:
+    preference = row.get("overall_preference") or 0
+    return None if preference == 0 else "A" if preference < 0 else "B"
+
+
+BENCHMARK: Benchmark = as_benchmark("helpsteer3", read, label=label, fields=("response1", "response2"), subset="domain")
