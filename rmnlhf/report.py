@@ -1,0 +1,448 @@
+"""One HTML file from the files of a run: what was run, the paper's claims beside this run's figures, curves, tables, figures,
+and the critique viewer. Nothing is computed that a file of the run does not hold, and a stage that did not run is said to be
+missing.
+
+    python -m rmnlhf.report            # results/ → results/report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from . import ROOT, splits
+from .pairs import OTHER, PreferencePair, swap_sides
+
+TEMPLATES = Path(__file__).parent / "templates"
+STAGES = {
+    "00_data": "Data", "01_diagnosis": "Diagnosis", "02_core_similarity": "Process reward", "03_cold_start": "Cold start",
+    "04_metarm": "MetaRM", "05_grpo_offline": "GRPO", "06_grpo_online": "Online MetaRM and drift",
+    "07_benchmarks": "Benchmarks", "08_downstream": "Downstream use",
+}  # fmt: skip
+PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "datasets", "vllm", "unsloth")
+REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
+MIN_N = 30
+RULES = (
+    f"Not testable here: the stage did not run, its file lacks the figure, the figure is missing (NaN), it rests on fewer than "
+    f"{MIN_N} rows, the claim is about human text and the run had only generated pairs, or the interval holds both no effect "
+    f"and the paper's own figure. Reproduced: the whole 95 % interval lies on the claimed side of the stated bound, or, "
+    f"for a figure that is computed from files, it equals the paper's within the stated tolerance. Not reproduced: anything "
+    f"else, an interval that holds the bound included; that shows no effect, it does not show that there is none."
+)
+
+
+@dataclass
+class Run:
+    """The files of one results folder. Every dict is empty where the stage did not run; `unreadable`: path → reason."""
+
+    folder: Path
+    params: dict | None = None
+    metrics: dict[str, dict] = field(default_factory=dict)  # stage -> {key: number | text | {mean, low, high, n}}
+    timings: dict[str, dict] = field(default_factory=dict)
+    tables: dict[str, tuple[list, list]] = field(default_factory=dict)  # name -> (header, rows)
+    figures: dict[str, bytes] = field(default_factory=dict)
+    judgements: dict[str, list[dict]] = field(default_factory=dict)  # arm -> rows of benchmarks.runner.evaluate
+    rollouts: dict[str, list[dict]] = field(default_factory=dict)  # arm -> rows of grpo's rollouts.jsonl
+    pairs: dict[str, PreferencePair] = field(default_factory=dict)  # texts, from splits/, hidden critiques put back
+    source: str | None = None  # data really used, from splits/
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def collect(results: str | Path = "results") -> Run:
+    """Read what a run left. A broken file is named in `unreadable`, and the rest is used. Raises FileNotFoundError without folder."""
+    folder = Path(results)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; `make repro` makes it")
+    run = Run(folder)
+
+    def read(path: Path, how):
+        try:
+            return how(path.read_bytes())
+        except (ValueError, TypeError, csv.Error, yaml.YAMLError) as e:
+            run.unreadable[str(path.relative_to(folder))] = str(e).split("\n")[0]
+
+    def each(pattern: str, how, into: dict, name=lambda p: p.stem):
+        for path in sorted(folder.glob(pattern)):
+            if (got := read(path, how)) is not None:
+                into[name(path)] = got
+
+    if (folder / "params.yaml").exists():
+        run.params = read(folder / "params.yaml", yaml.safe_load)
+    each("metrics/*.json", _metrics, run.metrics)
+    each("timings/*.json", _metrics, run.timings)
+    each("tables/*.csv", _table, run.tables)
+    each("figures/*.png", _png, run.figures)
+    each("judgements/*.jsonl", _rows, run.judgements)
+    each("runs/*/rollouts.jsonl", _rows, run.rollouts, lambda p: p.parent.name)
+    if (folder / "splits" / "splits.json").exists():
+        s = splits.load(folder / "splits")
+        run.source = s.source
+        for pair in [p for role in (s.train, s.hidden, s.unseen, *s.evaluation.values()) for p in role]:
+            run.pairs[pair.id] = replace(pair, critiques=s.hidden_truth.get(pair.id, pair.critiques))
+    return run
+
+
+def _metrics(raw: bytes) -> dict:
+    data = json.loads(raw)
+    if not isinstance(data, dict):
+        raise TypeError(f"expected an object, found {type(data).__name__}")
+    return flatten(data)
+
+
+def flatten(data: dict, path: str = "") -> dict:
+    """Nested metrics → {"a.b": leaf}; {"mean", ...} stays one leaf, lists are left out."""
+    out = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and "mean" not in value:
+            out |= flatten(value, f"{path}{key}.")
+        elif not isinstance(value, list):
+            out[path + key] = value
+    return out
+
+
+def _table(raw: bytes) -> tuple[list, list]:
+    rows = list(csv.reader(raw.decode("utf-8").splitlines()))
+    return (rows[0], rows[1:]) if rows else ([], [])
+
+
+def _png(raw: bytes) -> bytes:
+    if not raw.startswith(b"\x89PNG"):
+        raise ValueError("not a PNG file")
+    return raw
+
+
+def _rows(raw: bytes) -> list[dict]:
+    """JSON Lines; a half-written last line of a killed run is left out."""
+    lines = raw.decode("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------------
+
+
+def number(value) -> str:
+    """A number for reading; "–" for None and NaN."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or value == int(value) and abs(value) >= 10:
+        return f"{int(value):,}"
+    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def show(value) -> str:
+    """A figure with its interval and n, where it has them."""
+    if not isinstance(value, dict):
+        return number(value)
+    text = number(value.get("mean"))
+    if value.get("low") is not None and value.get("high") is not None:
+        text += f" [{number(value['low'])}, {number(value['high'])}]"
+    return text + (f", n = {value['n']:,}" if value.get("n") is not None else "")
+
+
+def tidy(header: list[str], rows: list[list[str]]) -> tuple[list, list]:
+    """A CSV for reading: columns x, x_low, x_high (or mean, low, high) become one "x [low, high]"; numbers are rounded."""
+
+    def cell(text):
+        try:
+            return number(float(text)) if not text.strip().lstrip("-").isdigit() else number(int(text))
+        except ValueError:
+            return text
+
+    spans = {}
+    for c in header:
+        for low, high in ((f"{c}_low", f"{c}_high"), ("low", "high") if c in ("mean", "value", "figure") else (None, None)):
+            if low in header and high in header:
+                spans[c] = (header.index(low), header.index(high))
+    hidden = {i for pair in spans.values() for i in pair}
+    keep = [i for i in range(len(header)) if i not in hidden]
+    names = [header[i] + (" [95 % interval]" if header[i] in spans else "") for i in keep]
+    body = []
+    for row in rows:
+        row = row + [""] * (len(header) - len(row))
+        body.append([
+            cell(row[i]) + (f" [{cell(row[spans[header[i]][0]])}, {cell(row[spans[header[i]][1]])}]" if header[i] in spans else "")
+            for i in keep
+        ])  # fmt: skip
+    return names, body
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------------
+
+
+def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
+    """The paper's claims with this run's figure, its file and key, a word and the reason for the word."""
+    generated = run.source == "controlled"
+    out = []
+    for claim in yaml.safe_load(path.read_text(encoding="utf-8")):
+        stage, key = claim.get("stage"), claim.get("key")
+        value = (run.metrics.get(stage) or {}).get(key)
+        word, why = judge(claim, value, ran=stage in run.metrics, generated=generated)
+        out.append({**claim, "value": value, "word": word, "why": why, "file": f"metrics/{stage}.json" if value is not None else None})
+    return out
+
+
+def judge(claim: dict, value, ran: bool = True, generated: bool = False) -> tuple[str, str]:
+    """(word, reason) for one claim by `RULES`.
+
+    claim: {stage, key, above | below: bound, or equals: [figure, tolerance]; paper_value: the paper's figure, optional;
+    human: true where only human text can test it; counted: true for a figure that is no sample}, or {untestable: reason}."""
+    if claim.get("untestable"):
+        return NOT_TESTABLE, claim["untestable"]
+    if not ran:
+        return NOT_TESTABLE, f"stage {claim['stage']} did not run"
+    if value is None:
+        return NOT_TESTABLE, f"metrics/{claim['stage']}.json has no {claim['key']}"
+    if claim.get("human") and generated:
+        return NOT_TESTABLE, "this run had generated pairs only, the claim is about human critiques"
+    mean = value.get("mean") if isinstance(value, dict) else value
+    if isinstance(mean, bool) or not isinstance(mean, (int, float)) or not math.isfinite(mean):
+        return NOT_TESTABLE, "the figure is missing"
+    if "equals" in claim:
+        figure, tolerance = claim["equals"]
+        word = REPRODUCED if abs(mean - figure) <= tolerance else NOT_REPRODUCED
+        return word, f"{number(mean)} against {number(figure)} ± {number(tolerance)}"
+    low, high, n = (value.get(k) if isinstance(value, dict) else None for k in ("low", "high", "n"))
+    if claim.get("counted"):
+        low = high = mean
+    elif low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return NOT_TESTABLE, "the figure has no interval"
+    elif n is None or n < MIN_N:
+        return NOT_TESTABLE, f"n = {n}, fewer than {MIN_N}"
+    bound = claim["above"] if "above" in claim else claim["below"]
+    paper = claim.get("paper_value")
+    if paper is not None and low <= bound <= high and low <= paper <= high:
+        return NOT_TESTABLE, f"the interval holds both {number(bound)} and the paper's {number(paper)}"
+    if (low > bound) if "above" in claim else (high < bound):
+        return REPRODUCED, f"the interval lies {'above' if 'above' in claim else 'below'} {number(bound)}"
+    return NOT_REPRODUCED, f"the interval {'holds' if low <= bound <= high else 'lies on the other side of'} {number(bound)}"
+
+
+# ---- what was run --------------------------------------------------------------------------------------------------------
+
+
+def provenance(run: Run) -> list[tuple[str, str, str]]:
+    """[(what, value, where from)]: profile, data, model, seed, commit, versions, time, machine."""
+    p = run.params or {}
+    rows = [
+        ("Profile", p.get("profile"), "params.yaml › profile"),
+        ("Data", run.source, "splits/splits.json › source"),
+        ("Policy", (p.get("policy") or {}).get("model"), "params.yaml › policy.model"),
+        ("MetaRM", (p.get("metarm") or {}).get("base"), "params.yaml › metarm.base"),
+        ("Process reward", (p.get("similarity") or {}).get("backend"), "params.yaml › similarity.backend"),
+        ("GRPO", f"{p['grpo']['steps']} steps of {p['grpo']['prompts']} × {p['grpo']['group']} rollouts, seeds {p['grpo']['seeds']}"
+         if p.get("grpo") else None, "params.yaml › grpo"),
+        ("Seed", p.get("seed"), "params.yaml › seed"),
+        ("Commit", commit(), "git, when the report was made"),
+        ("Versions", versions(), "installed packages, when the report was made"),
+        ("Machine", machine(), "when the report was made"),
+    ]  # fmt: skip
+    if seconds := [t["seconds"] for t in run.timings.values() if isinstance(t.get("seconds"), (int, float))]:
+        rows.append(("Time of the stages", duration(sum(seconds)), "timings/*.json › seconds"))
+    return [(a, "missing" if b is None else str(b), c) for a, b, c in rows]
+
+
+def commit() -> str | None:
+    """Short hash of HEAD, with "+ changes" where tracked files differ; None outside a repository."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], check=False, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + (" + changes" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def versions() -> str:
+    out = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            out.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(out)
+
+
+def machine() -> str:
+    """Processor count, architecture, memory and GPU; "unknown" where it cannot be read."""
+    try:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (ValueError, OSError, AttributeError):
+        memory = "memory unknown"
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.system()} {platform.machine()}, {cores} cores, {memory}, {gpu}"
+
+
+def duration(seconds: float) -> str:
+    m, s = divmod(round(seconds), 60)
+    return f"{m // 60} h {m % 60:02} min" if m >= 60 else f"{m} min {s:02} s" if m else f"{s} s"
+
+
+# ---- viewer --------------------------------------------------------------------------------------------------------------
+
+
+def viewer(run: Run, limit: int = 2000) -> dict:
+    """The viewer's data: {"pairs": {id: texts}, "entries": [one arm's judgement of one pair, or one training rollout]}.
+
+    Held-out judgements come first, whole pairs at a time; then training rollouts, the last steps first; `limit` entries in all.
+    Sides (verdicts, arguments) are put in the pair's own order, critiques of the other order too."""
+    entries = []
+    for arm, rows in run.judgements.items():
+        by_pair: dict = {}
+        for row in rows:
+            by_pair.setdefault(str(row.get("pair_id", row["id"])), []).append(row)
+        for pair_id, mine in by_pair.items():
+            shown = [_judgement(r, r.get("order") == "ba") for r in sorted(mine, key=lambda r: r.get("order") or "")]
+            entries.append({"arm": arm, "set": "held-out", "pair": pair_id, "source": mine[0].get("source"), "shown": shown})
+    rank = {i: hashlib.sha256(i.encode()).digest() for i in {e["pair"] for e in entries}}
+    entries.sort(key=lambda e: (rank[e["pair"]], e["pair"]))
+    training = [
+        {"arm": arm, "set": "training", "pair": str(r["pair_id"]), "source": r.get("source"), "step": r.get("step"),
+         "shown": [_judgement(r, bool(r.get("swap")))]}
+        for arm, rows in run.rollouts.items() for r in rows
+    ]  # fmt: skip
+    training.sort(key=lambda e: -(e["step"] or 0))
+    entries, left_out = (entries + training)[:limit], max(0, len(entries) + len(training) - limit)
+    used = {e["pair"] for e in entries}
+    texts = {i: _texts(run.pairs[i]) for i in sorted(used) if i in run.pairs}
+    return {"pairs": texts, "entries": entries, "left_out": left_out}
+
+
+def _texts(pair: PreferencePair) -> dict:
+    return {
+        "source": pair.source, "group": pair.group, "context": pair.context, "a": pair.response_a, "b": pair.response_b,
+        "label": pair.label, "critiques": [{"who": c.annotator, "label": c.label, "text": c.text} for c in pair.critiques],
+    }  # fmt: skip
+
+
+def _judgement(row: dict, swap: bool) -> dict:
+    """One judgement for the page, in the pair's own order; rows hold it as shown to the model."""
+
+    def side(letter):
+        return OTHER.get(letter, letter) if swap else letter
+
+    def own(text):
+        return swap_sides(text) if swap and text else text
+
+    def arguments(name):
+        return [{**a, "text": own(a["text"]), "side": side(a.get("side"))} for a in row.get(name) or []]
+
+    def finite(x):
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    verdict = row.get("verdict")
+    correct = bool(row["correct"]) if row.get("correct") is not None else verdict is not None and verdict == row.get("label")
+    f1 = finite(row.get("f1", row.get("process")))
+    rewards = {k: finite(row.get(k)) for k in ("outcome", "process", "metarm", "reward") if k in row}
+    inconsistent = row.get("inconsistent")
+    return {
+        "order": "ba" if swap else "ab", "verdict": side(verdict), "correct": correct, "error": row.get("error") or None,
+        "critique": own(row.get("critique")) or "", "text": row.get("text") if not row.get("critique") else None, "f1": f1,
+        "inconsistent": None if finite(inconsistent) is None else bool(inconsistent),
+        "arguments": arguments("arguments"), "reference": arguments("reference"), "matches": row.get("matches") or [],
+        "precision": finite(row.get("precision")), "recall": finite(row.get("recall")), "rewards": rewards,
+    }  # fmt: skip
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+
+def build(results: str | Path = "results", out: str | Path | None = None) -> Path:
+    """Write <results>/report.html, self-contained, and return its path."""
+    run = collect(results)
+    data = viewer(run)
+    script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.globals |= {"show": show, "number": number, "tidy": tidy, "duration": duration}
+    found = claims(run)
+    page = env.get_template("report.html.j2").render(
+        run=run, provenance=provenance(run), claims=found, rules=RULES, stages=STAGES, limits=limits(run, found), viewer=data,
+        images={k: base64.b64encode(v).decode() for k, v in run.figures.items()},
+        words={w: sum(c["word"] == w for c in found) for w in (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)},
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"), script=script, island=island(data),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
+    out = Path(out or run.folder / "report.html")
+    part = out.with_name(out.name + ".part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, out)
+    return out
+
+
+def island(data) -> str:
+    """JSON that can stand inside <script>: no text of the data can end the element or open another."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def limits(run: Run, found: list[dict]) -> list[str]:
+    """What this run cannot show, from its own files."""
+    p, out = run.params or {}, []
+    if p.get("profile") and p["profile"] != "gpu":
+        out.append(
+            f"The policy is {p['policy']['model']}, trained for {p['grpo']['steps']} steps of {p['grpo']['prompts']} × "
+            f"{p['grpo']['group']} rollouts. The paper trains 7B and 32B models on 256 × 8 rollouts a step: absolute figures do "
+            "not compare, directions may not carry over."
+        )
+    if p.get("grpo") and len(p["grpo"]["seeds"]) == 1:
+        out.append("One training seed: intervals cover the choice of evaluation rows, not the luck of a training run.")
+    if (p.get("similarity") or {}).get("backend") == "offline":
+        out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
+    if run.source == "controlled":
+        out.append("The pairs are generated: nothing here is about people's critiques.")
+    if missing := [s for s in STAGES if s not in run.metrics]:
+        out.append("Stages that did not run: " + ", ".join(missing) + ".")
+    untested = [c["id"] for c in found if c["word"] == NOT_TESTABLE]
+    if untested:
+        out.append(f"{len(untested)} of {len(found)} claims could not be tested: " + ", ".join(untested) + ".")
+    return out
+
+
+def model_card(results: str | Path, base: str, adapter: str, arm: str, licences: dict[str, str] | None = None) -> str:
+    """Markdown model card of one arm: data and licences, training, and this run's own figures with file and key.
+
+    base, adapter: names of the base model and of the exported one; licences: source → licence."""
+    run = collect(results)
+    p = run.params or {}
+    figures = [
+        (stage, key, value) for stage in ("03_cold_start", "05_grpo_offline", "06_grpo_online", "07_benchmarks")
+        for key, value in run.metrics.get(stage, {}).items()
+        if arm in key.split(".") and isinstance(value, dict) and value.get("n")
+    ]  # fmt: skip
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
+    return env.get_template("model_card.md.j2").render(
+        base=base, adapter=adapter, arm=arm, licences=licences or {}, params=p, figures=figures, show=show, commit=commit(),
+        versions=versions(), limits=limits(run, []), data=run.source,
+    )  # fmt: skip
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Write the HTML report of a run.")
+    ap.add_argument("results", nargs="?", default="results")
+    print(build(ap.parse_args().results))
+
+
+if __name__ == "__main__":
+    main()
