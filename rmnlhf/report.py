@@ -29,8 +29,8 @@ from .pairs import OTHER, PreferencePair, swap_sides
 TEMPLATES = Path(__file__).parent / "templates"
 STAGES = {
     "00_data": "Data", "01_diagnosis": "Diagnosis", "02_core_similarity": "Process reward", "03_cold_start": "Cold start",
-    "04_metarm": "MetaRM", "05_grpo_offline": "GRPO", "06_grpo_online": "Online MetaRM and drift",
-    "07_benchmarks": "Benchmarks", "08_downstream": "Downstream use",
+    "04_metarm": "MetaRM", "05_grpo_offline": "GRPO", "06_grpo_online": "Online, drift",
+    "07_benchmarks": "Benchmarks", "08_downstream": "Downstream",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "datasets", "vllm", "unsloth")
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"

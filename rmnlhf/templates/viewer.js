@@ -56,8 +56,8 @@
     root.replaceChildren(...rows.map((e) => {
       const text = e.shown.map((j) => (j.order === "ab" ? "AB " : "BA ") + WORD[state(j)]).join(" · ");
       return make("li", { role: "option", id: "e" + e.index, "aria-selected": String(e === chosen) },
-        make("span", { class: "line" }, make("b", {}, e.arm), make("span", {}, text)),
-        make("span", { class: "id" }, source(e) + " · " + e.pair + (e.step == null ? "" : " · step " + e.step)));
+        make("span", { class: "line" }, make("b", {}, e.arm), make("span", { class: "id" }, e.pair + (e.step == null ? "" : " · step " + e.step))),
+        make("span", { class: "line" }, text));
     }));
     if (chosen && rows.includes(chosen)) root.setAttribute("aria-activedescendant", "e" + chosen.index);
     else root.removeAttribute("aria-activedescendant");
@@ -178,7 +178,7 @@
     });
     const said = new Set(j.matches.map((m) => m[0])), heard = new Set(j.matches.map((m) => m[1]));
     j.arguments.forEach((a, i) => {
-      if (!said.has(i)) list.append(make("li", {}, make("span", { class: "state none" }, "＋ unmatched: no human counterpart"), argument("model", a), nothing("human", "–")));
+      if (!said.has(i)) list.append(make("li", {}, make("span", { class: "state none" }, "+ unmatched: no human counterpart"), argument("model", a), nothing("human", "–")));
     });
     j.reference.forEach((a, i) => {
       if (!heard.has(i)) list.append(make("li", {}, make("span", { class: "state wrong" }, "− missed: not in the model’s critique"), nothing("model", "–"), argument("human", a)));
@@ -186,7 +186,9 @@
     return list;
   }
   function rewardTable(j) {
-    const rows = Object.entries({ ...j.rewards, "precision": j.precision, "recall": j.recall, "F1": j.f1 }).filter(([, v]) => v !== null && v !== undefined);
+    const NAMES = { outcome: "outcome reward", process: "process (core-F1)", metarm: "MetaRM", reward: "total reward" };
+    const named = Object.entries(j.rewards).map(([k, v]) => [NAMES[k] || k, v]);
+    const rows = [...named, ["precision", j.precision], ["recall", j.recall], ["core-F1", "process" in j.rewards ? null : j.f1]].filter(([, v]) => v !== null && v !== undefined);
     if (!rows.length) return make("p", { class: "missing" }, "No process figures: this pair has no human critique.");
     return make("table", { class: "rewards" }, make("tbody", {}, ...rows.map(([k, v]) => make("tr", {}, make("th", { scope: "row" }, k), make("td", {}, Number(v).toFixed(3))))));
   }
