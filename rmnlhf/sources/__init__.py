@@ -7,7 +7,9 @@ A source's files, upstream commit, licence and sha256 stand in manifest.json; hu
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +33,7 @@ HUB = {
     "helpsteer3": dict(id="nvidia/HelpSteer3", files="preference/*", licence="CC-BY-4.0",
                        revision="f6d145777bcbde96137596340fab89793acd1031"),
     "tulu3_if": dict(id="allenai/tulu-3-pref-personas-instruction-following", files="data/*", licence="ODC-BY-1.0",
-                     revision=None),
+                     revision="cdf475940025c0434a22dbd0bbed336a746942fe"),
     "rewardbench": dict(id="allenai/reward-bench", files="data/*", licence="ODC-BY-1.0", revision=None),
     "rewardbench2": dict(id="allenai/reward-bench-2", files="data/*", licence="ODC-BY-1.0", revision=None),
 }  # fmt: skip
@@ -78,8 +80,33 @@ def available(name: str, data_dir: str | Path = "data") -> bool:
     return True
 
 
+def rows(name: str, data_dir: str | Path = "data") -> Iterator[tuple[str, dict]]:
+    """(file stem, row) of every row in a source's .jsonl, .jsonl.gz, .json (a list) and .parquet files, by file name.
+
+    Raises FileNotFoundError, with what to do, where files are missing."""
+    _require(name, data_dir)
+    for file in sorted(path(name, data_dir).rglob("*")):
+        stem = file.name.split(".")[0]
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+                yield from ((stem, json.loads(line)) for line in f if line.strip())
+        elif file.suffix == ".json" and file.name != "FETCHED.json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            yield from ((stem, row) for row in (content if isinstance(content, list) else content.values()))
+        elif file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from ((stem, row) for row in pyarrow.parquet.read_table(file).to_pylist())
+
+
+def _require(name: str, data_dir) -> None:
+    if not available(name, data_dir):
+        hint = f"python -m rmnlhf.sources {name}" if name in HUB else "make data"
+        raise FileNotFoundError(f"{path(name, data_dir)}: files of source {name!r} are missing; run `{hint}`")
+
+
 def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
-    """All usable pairs of a source, in its own order. What was left out, by reason: `refused(name)` after the call.
+    """All usable pairs of a source, in its own order; `read` also says what was left out, and why.
 
     Raises KeyError for an unknown name, FileNotFoundError (what to do is in the message) where its files are missing."""
     if name not in PAIRS:
@@ -89,11 +116,9 @@ def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
 
 def read(name: str, data_dir: str | Path = "data"):
     """(pairs, rows read, Counter of refused rows by reason) of a source; len(pairs) + refused == rows."""
-    if not available(name, data_dir):
-        hint = f"python -m rmnlhf.sources {name}" if name in HUB else "make data"
-        raise FileNotFoundError(f"{path(name, data_dir)}: files of source {name!r} are missing; run `{hint}`")
+    _require(name, data_dir)
     module = import_module(f"rmnlhf.sources.{MODULES.get(name, name)}")
-    pairs, rows, refused = module.read(Path(data_dir), name)
-    if len(pairs) + sum(refused.values()) != rows:
-        raise AssertionError(f"{name}: {len(pairs)} kept + {sum(refused.values())} refused is not {rows} rows read")
-    return pairs, rows, refused
+    pairs, n_rows, refused = module.read(Path(data_dir), name)
+    if len(pairs) + sum(refused.values()) != n_rows:
+        raise AssertionError(f"{name}: {len(pairs)} kept + {sum(refused.values())} refused is not {n_rows} rows read")
+    return pairs, n_rows, refused

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from rmnlhf.pairs import HumanCritique, PreferencePair, settle
 
-CODES = {}
+# Habernal & Gurevych 2016, figure 1, in the short form of Wachsmuth et al. (ACL 2017), table 2
+CODES = {
+    "o5_1": "worse one attacks or abuses", "o5_2": "worse one has language issues, or jokes", "o5_3": "worse one is unclear",
+    "o6_1": "worse one has no credible evidence", "o6_2": "worse one has insufficient reasoning",
+    "o6_3": "worse one uses irrelevant reasons", "o7_1": "worse one is only an opinion or a rant",
+    "o7_2": "worse one is nonsense or confusing", "o7_3": "worse one is off topic", "o7_4": "worse one is weak or vague",
+    "o8_1": "better one has more details, facts or examples", "o8_4": "better one is balanced or objective",
+    "o8_5": "better one is more credible or confident", "o9_1": "better one is clear and well written",
+    "o9_2": "better one keeps to the topic", "o9_3": "better one makes you think", "o9_4": "better one is well thought through",
+}  # fmt: skip
 
 _SIDE = {"1": "A", "!": "A", "2": "B", "one": "A", "two": "B", "a": "A", "b": "B", "first": "A", "second": "B", "1st": "A",
          "2nd": "B", "former": "A", "latter": "B"}  # fmt: skip
