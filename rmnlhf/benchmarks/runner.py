@@ -1,0 +1,288 @@
+"""One runner for every judge and every benchmark: both orders, greedy or voting@k, cached, resumed.
+
+A judge is a policy (model and tokenizer), "endpoint" (through `rmnlhf.judge`), the path of a JSONL file of recorded verdicts,
+or a function of the pair as shown. `open_judge` turns a name into one of these.
+
+Cache: one JSONL file per judge under .cache/judgements, named by a hash of its weights; one line per prompt, keyed by the
+prompt's tokens, the decoding and the seed. A killed run goes on where it stopped, and two notebooks that ask one arm the
+same thing pay once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from rmnlhf import grm
+from rmnlhf import pairs as pairs_
+from rmnlhf.grm import Judgement
+from rmnlhf.pairs import PreferencePair
+
+log = logging.getLogger(__name__)
+CACHE = Path(".cache/judgements")
+ORDERS = ("ab", "ba")
+MISSING = "missing"  # a call that failed: not a wrong answer
+SCHEMA = {
+    "type": "object", "required": ["critique", "verdict"], "additionalProperties": False,
+    "properties": {"critique": {"type": "string"}, "verdict": {"enum": ["A", "B"]}},
+}  # fmt: skip
+JSON_TASK = "Which response is better? Give the decisive reasons in `critique`, and your choice, A or B, in `verdict`."
+
+
+def open_judge(name: str, params):
+    """(judge, tokenizer) for `evaluate`: "endpoint", "base" (the policy without adapter), a .jsonl file of recorded verdicts,
+    a folder with an adapter, or a folder or hub name of a whole model."""
+    from rmnlhf import policy
+
+    if name == "endpoint" or str(name).endswith(".jsonl"):
+        return name, None
+    if name == "base":
+        return policy.load(params)
+    if (Path(name) / "adapter_config.json").exists():
+        return policy.load(params, adapter=name)
+    return policy.load(params.model_copy(update={"policy": params.policy.model_copy(update={"model": str(name), "revision": None})}))
+
+
+def evaluate(
+    judge, tokenizer, pairs: list[PreferencePair], params, out: str | Path | None = None, votes: int = 1,
+    orders: tuple[str, ...] = ORDERS, cache: str | Path = CACHE,
+) -> pd.DataFrame:  # fmt: skip
+    """Judge `pairs` in each of `orders`; one row per pair and order, in the order given.
+
+    Columns: id, group, source, order; label, longer, verdict as on the prompt shown ("ba": response_b first, as "Response A");
+    correct (an invalid verdict is wrong; NaN where the call is missing), error (why there is no verdict: a parse error, "tied
+    vote" or "missing"), critique, text, tokens (completion tokens, all votes), seconds (its share of the batch, when it was generated), votes
+    (as "A:3 B:1 invalid:1"). Where the pair has critiques of annotators who chose the gold label: precision, recall, f1 of core
+    arguments (0 without a critique), inconsistent (a right verdict with f1 below similarity.threshold; None for a wrong one),
+    arguments, reference, matches.
+
+    votes: 1 decodes greedily; k samples k completions at rollout.temperature and takes the majority of their valid verdicts; an
+    even split is no verdict. out: the rows also go there as JSONL, without seconds."""
+    if unknown := set(orders) - set(ORDERS):
+        raise ValueError(f"orders: {min(unknown)!r}; allowed: {', '.join(ORDERS)}")
+    asked = [(pair, order) for pair in pairs for order in orders]
+    if isinstance(judge, (str, Path)) and str(judge).endswith(".jsonl"):
+        answers = _recorded(judge, asked)
+    elif isinstance(judge, str) and judge == "endpoint":
+        answers = _endpoint(asked, params)
+    elif callable(judge) and not hasattr(judge, "generate"):
+        answers = [_plain(judge(pair.swapped() if order == "ba" else pair)) for pair, order in asked]
+    else:
+        answers = _policy(judge, tokenizer, asked, params, votes, Path(cache))
+    rows = []
+    for (pair, order), answer in zip(asked, answers):
+        shown = pair.swapped() if order == "ba" else pair
+        label = "tie" if pair.meta.get("gold") == "tie" else shown.label
+        said: Judgement = answer["judgement"]
+        rows.append(
+            {
+                "id": pair.id, "group": pair.group, "source": pair.source, "order": order, "label": label, "longer": shown.longer,
+                "verdict": said.verdict, "correct": None if said.error == MISSING else said.verdict == label, "error": said.error,
+                "critique": said.critique, "text": answer["text"], "tokens": answer["tokens"], "seconds": answer["seconds"],
+                "votes": answer["votes"],
+            }
+        )  # fmt: skip
+    _process([p.swapped() if o == "ba" else p for p, o in asked], rows, params)
+    if out is not None:
+        pairs_.write_jsonl(out, [{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+    columns = ["id", "group", "source", "order", "label", "longer", "verdict", "correct", "error", "critique", "text", "tokens",
+               "seconds", "votes", "precision", "recall", "f1", "inconsistent", "arguments", "reference", "matches"]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.astype({c: float for c in ("correct", "precision", "recall", "f1", "inconsistent")})
+
+
+def judge(model, tokenizer, pairs: list[PreferencePair], params, orders=ORDERS, votes: int = 1, cache=CACHE) -> dict[str, list[Judgement]]:
+    """{order: one Judgement per pair} of a policy, without the scoring that `evaluate` adds."""
+    asked = [(pair, order) for order in orders for pair in pairs]
+    said = [a["judgement"] for a in _policy(model, tokenizer, asked, params, votes, Path(cache))]
+    return {order: said[i * len(pairs) : (i + 1) * len(pairs)] for i, order in enumerate(orders)}
+
+
+def _process(shown: list[PreferencePair], rows: list[dict], params):
+    """Add the process figures to rows whose pair has human critiques that agree with the label."""
+    with_reference = [i for i, p in enumerate(shown) if p.agreeing]
+    if not with_reference:
+        return
+    from rmnlhf import similarity
+
+    scored = [i for i in with_reference if rows[i]["critique"]]
+    found = similarity.similarity_many(
+        [rows[i]["critique"] for i in scored], [[c.text for c in shown[i].agreeing] for i in scored], kind="core",
+        backend=params.similarity.backend,
+    ) if scored else []  # fmt: skip
+    found = dict(zip(scored, found))
+    for i in with_reference:
+        row, s = rows[i], found.get(i)
+        if row["error"] == MISSING or (s is not None and np.isnan(s.f1)):  # a judge call that failed is missing
+            continue
+        row |= {"precision": s.precision if s else 0.0, "recall": s.recall if s else 0.0, "f1": s.f1 if s else 0.0}
+        row["inconsistent"] = row["f1"] < params.similarity.threshold if row["correct"] else None
+        if s:
+            row |= {"arguments": [vars(a) for a in s.generated], "reference": [vars(a) for a in s.reference],
+                    "matches": [[int(a), int(b), float(c)] for a, b, c in s.matches]}  # fmt: skip
+
+
+def vote(said: list[Judgement]) -> tuple[int, Judgement, str]:
+    """(index of the completion that stands for all, its judgement, the count) of k judgements: the majority of the valid verdicts.
+
+    The first completion with the winning verdict speaks. An even split: verdict None, error "tied vote"; no valid verdict at
+    all: the first one's error."""
+    count = Counter(j.verdict for j in said if j.verdict)
+    text = " ".join(f"{k}:{n}" for k, n in (("A", count["A"]), ("B", count["B"]), ("invalid", len(said) - count.total())) if n)
+    if not count:
+        return 0, said[0], text
+    if count["A"] == count["B"]:
+        return 0, Judgement(said[0].critique, None, "tied vote"), text
+    winner = max(count, key=count.get)
+    i = next(i for i, j in enumerate(said) if j.verdict == winner)
+    return i, said[i], text
+
+
+# ---- kinds of judge
+
+
+def _plain(verdict) -> dict:
+    verdict = verdict if verdict in ("A", "B", "tie") else None
+    return {"judgement": Judgement(None, verdict, None if verdict else "no verdict"), "text": None, "tokens": 0, "seconds": 0.0, "votes": None}
+
+
+def _recorded(path, asked) -> list[dict]:
+    """Rows {id, order, verdict[, critique, text, tokens]}, verdict as shown, such as `evaluate` writes; no row: missing."""
+    rows = {(str(r["id"]), r["order"]): r for r in _lines(Path(path), required=True)}
+    out = []
+    for pair, order in asked:
+        row = rows.get((pair.id, order))
+        answer = _plain(row and row.get("verdict"))
+        error = MISSING if row is None or row.get("error") == MISSING else answer["judgement"].error and (row.get("error") or "no verdict")
+        answer["judgement"] = Judgement(row and row.get("critique"), answer["judgement"].verdict, error)
+        out.append(answer | {"text": row and row.get("text"), "tokens": (row or {}).get("tokens") or 0, "votes": (row or {}).get("votes")})
+    return out
+
+
+def _endpoint(asked, params) -> list[dict]:
+    from rmnlhf.judge import Judge
+
+    prompts = []
+    for pair, order in asked:
+        system, turn = grm.build_prompt(pair, swap=order == "ba")
+        prompts.append([system, turn | {"content": turn["content"].removesuffix(grm.TASK) + JSON_TASK}])
+    asker, out = Judge(params.judge), []
+    for answer in asker.ask(prompts, SCHEMA):
+        said = Judgement(answer["critique"], answer["verdict"], None) if answer else Judgement(None, None, MISSING)
+        out.append({"judgement": said, "text": said.critique, "tokens": 0, "seconds": 0.0, "votes": None})
+    log.info("%s", asker.summary())
+    return out
+
+
+def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[dict]:
+    r, p = params.rollout, params.policy
+    temperature, top_p, seed = (0.0, 1.0, 0) if votes == 1 else (r.temperature, r.top_p, params.seed)
+    prompts = [grm.encode_prompt(pair, tokenizer, p.max_prompt, swap=order == "ba", think=params.grm.think) for pair, order in asked]
+    what = json.dumps([votes, p.max_completion, temperature, top_p, seed])
+    keys = [hashlib.sha256(f"{what}{ids}".encode()).hexdigest() for ids in prompts]
+    file = cache / f"{fingerprint(model)}.jsonl"
+    known = {r["key"]: r for r in _lines(file)}
+    todo = {k: ids for k, ids in zip(keys, prompts) if k not in known}
+    queue = sorted(todo, key=lambda k: (-len(todo[k]), k))  # alike lengths together, whatever order they came in
+    size = max(1, r.batch // votes)
+    generate = _engine(model, tokenizer, params) if queue else None
+    with tqdm(total=len(queue), desc="judge", disable=len(queue) < 2, leave=False) as bar:
+        for start in range(0, len(queue), size):
+            part = queue[start : start + size]
+            began = time.perf_counter()
+            done = generate([todo[k] for k in part], votes, p.max_completion, temperature, top_p, seed, r.batch)
+            seconds = (time.perf_counter() - began) / len(part)
+            rows = [
+                {"key": k, "texts": [c.text for c in cs], "tokens": sum(len(c.ids) for c in cs), "seconds": round(seconds, 4)}
+                for k, cs in zip(part, done)
+            ]
+            _append(file, rows)
+            known |= {r["key"]: r for r in rows}
+            bar.update(len(part))
+    out = []
+    for key in keys:
+        row = known[key]
+        i, said, count = vote([grm.parse_judgement(t, params.grm.max_lines, params.grm.max_chars) for t in row["texts"]])
+        out.append({"judgement": said, "text": row["texts"][i], "tokens": row["tokens"], "seconds": row["seconds"],
+                    "votes": count if votes > 1 else None})  # fmt: skip
+    return out
+
+
+_vllm: dict = {}  # one engine a process: its start costs more than a benchmark
+
+
+def _engine(model, tokenizer, params) -> Callable:
+    """`rollout.generate`'s call, by the engine that rollout.engine names, with this model's weights."""
+    import importlib.util
+
+    import torch
+
+    from rmnlhf import rollout
+
+    name = params.rollout.engine
+    if name == "vllm" or (name == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")):
+        engine = _vllm.get("engine") or _vllm.setdefault("engine", rollout.VllmEngine(model, tokenizer, params))
+        engine.sync(model)
+        return engine.generate
+    # bf16 rounds differently in batches of another size: 3 of 24 greedy completions changed with it, none in fp32. So a CPU,
+    # where fp32 costs little at this size, judges in fp32
+    return rollout.TransformersEngine(model, tokenizer, torch.float32 if model.device.type == "cpu" else None).generate
+
+
+def fingerprint(model) -> str:
+    """16 hex digits that name a model by its weights: every byte of an adapter, and of the base a fixed sample of each tensor."""
+    digest = hashlib.sha256(str(getattr(model.config, "_name_or_path", "")).rsplit("/", 1)[-1].encode())
+    for name, weight in sorted(model.named_parameters(), key=lambda p: p[0]):
+        flat = weight.detach().reshape(-1)
+        if "lora_" not in name:
+            flat = flat[:: max(1, flat.numel() // 512)]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(flat.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- files
+
+
+def _lines(path: Path, required: bool = False) -> list[dict]:
+    """The rows of a JSONL file; a line that is no JSON object (a half-written last one) is left out and said."""
+    if not path.exists():
+        if required:
+            raise FileNotFoundError(f"{path}: no such file; expected JSON Lines with id, order (ab, ba) and verdict")
+        return []
+    rows, bad = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append(row) if isinstance(row, dict) else None
+            bad += not isinstance(row, dict)
+        except ValueError:
+            bad += 1
+    if bad:
+        log.warning("%s: %d unreadable line%s left out; what it held is asked again", path, bad, "s" * (bad > 1))
+    return rows
+
+
+def _append(path: Path, rows: list[dict]):
+    """Add rows to a JSONL file; after a half-written line they start on a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+        f.flush()
+        os.fsync(f.fileno())
