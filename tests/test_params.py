@@ -1,0 +1,105 @@
+import re
+import shutil
+
+import pytest
+import yaml
+
+from rmnlhf import ROOT, params
+
+PROFILES = ("smoke", "cpu", "long", "gpu")
+
+
+@pytest.fixture
+def write(tmp_path):
+    base = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+    def _write(change=lambda p: None):
+        p = yaml.safe_load(yaml.safe_dump(base))
+        change(p)
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(p))
+        return path
+
+    return _write
+
+
+def test_every_profile_is_valid_and_named():
+    for name in PROFILES:
+        assert params.load(ROOT / "params.yaml", name).profile == name
+    assert params.load(ROOT / "params.yaml").profile == "cpu"
+
+
+def test_a_profile_lies_over_the_base_and_overrides_over_both(write):
+    path = write(lambda p: p["profiles"].__setitem__("smoke", {"grpo": {"steps": 3}}))
+    assert params.load(path, "smoke").grpo.steps == 3
+    assert params.load(path, "smoke").grpo.lr == params.load(path).grpo.lr
+    assert params.load(path, "smoke", ["grpo.steps=9"]).grpo.steps == 9
+    assert params.load(path, None, ["profile=smoke"]).grpo.steps == 3
+
+
+@pytest.mark.parametrize(
+    "override, key, hint",
+    [
+        ("grpo.stepz=3", "grpo.stepz", "steps"),
+        ("nope.a=1", "nope", "grpo"),
+        ("grpo.steps=many", "grpo.steps", "integer"),
+        ("grpo.steps=-1", "grpo.steps", "greater than 0"),
+        ("grpo=3", "grpo", "section"),
+        ("reward.bonus=double", "reward.bonus", "'paper', 'rescaled' or 'binary'"),
+        ("similarity.threshold=1.5", "similarity.threshold", "less than or equal to 1"),
+        ("grm.think='yes'", "grm.think", "boolean"),
+        ("grpo.seeds=[]", "grpo", "at least one"),
+        ("profile=tiny", "profile", "smoke, cpu, long, gpu"),
+        ("policy.load_in_4bit=true", "load_in_4bit", "GPU"),
+        ("grpo.steps", "grpo.steps", "section.key=value"),
+    ],
+)
+def test_wrong_values_are_refused_with_their_path_and_what_is_allowed(override, key, hint):
+    with pytest.raises(params.ParamsError) as e:
+        params.load(ROOT / "params.yaml", overrides=[override])
+    assert key in str(e.value) and hint in str(e.value)
+
+
+def test_wrong_files_are_refused(tmp_path, write):
+    with pytest.raises(FileNotFoundError, match="repository root"):
+        params.load(tmp_path / "none.yaml")
+    for text in ("a: [", "- 1\n- 2\n", ""):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(params.ParamsError, match="bad.yaml"):
+            params.load(tmp_path / "bad.yaml")
+    with pytest.raises(params.ParamsError, match="cold_start: missing"):
+        params.load(write(lambda p: p.pop("cold_start")))
+    with pytest.raises(params.ParamsError, match=r"profiles\.cpu\.grpo\.speed"):
+        params.load(write(lambda p: p["profiles"].__setitem__("cpu", {"grpo": {"speed": 1}})))
+    with pytest.raises(params.ParamsError, match=r"profiles\.huge"):
+        params.load(write(lambda p: p["profiles"].__setitem__("huge", {})))
+    with pytest.raises(params.ParamsError, match="grpo.extra: unknown key"):
+        params.load(write(lambda p: p["grpo"].__setitem__("extra", 1)))
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(params.ParamsError, match="max_completion of at least 256"):
+        params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
+    with pytest.raises(params.ParamsError, match="is over 1"):
+        params.load(ROOT / "params.yaml", overrides=["cold_start.controlled_share=0.7", "cold_start.mr_ben_share=0.7"])
+
+
+def test_the_resolved_file_loads_as_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.setattr("sys.argv", ["params", "--profile", "smoke", "-o", "results/params.yaml"])
+    params.main()
+    assert params.load("results/params.yaml") == params.load("params.yaml", "smoke")
+
+
+def test_every_parameter_is_read_somewhere():
+    """A dial that turns nothing is worse than none."""
+    code = "".join(p.read_text() for p in [*ROOT.glob("rmnlhf/**/*.py"), *ROOT.glob("notebooks/*.ipynb")] if p.name != "params.py")
+    unused = [
+        f"{section}.{key}"
+        for section, field in params.Params.model_fields.items()
+        if hasattr(field.annotation, "model_fields")
+        for key in field.annotation.model_fields
+        if not re.search(rf"\.{key}\b", code)
+    ]
+    assert not unused
