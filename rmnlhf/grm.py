@@ -37,9 +37,18 @@ def build_prompt(pair: PreferencePair, swap: bool = False, think: bool = False) 
 
 def _messages(turns, pair, swap, think, response_a, response_b):
     first, second = (response_b, response_a) if swap else (response_a, response_b)
+    text = _body(turns, pair, first, second) + f"\n\n{TASK}" + (THINK if think else "")
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
+def _body(turns, pair, first, second):
     talk = "\n\n".join(f"{t['role']}: {neutralise(text)}" for t, text in zip(pair.context, turns))
-    body = f"[Conversation]\n{talk}\n\n[Response A]\n{neutralise(first)}\n\n[Response B]\n{neutralise(second)}\n\n{TASK}"
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": body + (THINK if think else "")}]
+    return f"[Conversation]\n{talk}\n\n[Response A]\n{neutralise(first)}\n\n[Response B]\n{neutralise(second)}"
+
+
+def body(pair: PreferencePair) -> str:
+    """Conversation and both responses as text, neutralised: what any judge reads."""
+    return _body([t["content"] for t in pair.context], pair, pair.response_a, pair.response_b)
 
 
 def format_judgement(critique: str, verdict: str) -> str:
@@ -87,7 +96,7 @@ def _cut(text, ids, keep, tokenizer):
 # tokens of the common chat templates. Each match is the character that a backslash follows once neutralised.
 _TAGS = r"/?(?:critics|choice|think)\s*>"
 _CHAT = r"\|[^|<>\n]{1,40}\|>|｜[^｜<>\n]{1,40}｜>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|<?SYS>)>|/?INST\]"
-_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.I | re.A)
+_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.IGNORECASE | re.ASCII)
 
 
 def neutralise(text: str) -> str:
@@ -100,10 +109,10 @@ def restore(text: str) -> str:
     return _FORGED.sub(lambda m: m[0].removesuffix("\\"), text)
 
 
-_TAG = re.compile(r"<(/?)(critics|choice|think)>", re.I | re.A)
+_TAG = re.compile(r"<(/?)(critics|choice|think)>", re.IGNORECASE | re.ASCII)
 _SIDE = r"\s*(?:(?:response|answer)\s*)?([AB])\s*"
-_CHOICE = re.compile(rf"[\s*\"'`]*(?:\[\[{_SIDE}\]\]|\[{_SIDE}\]|\({_SIDE}\)|{_SIDE})[\s*\"'`.]*", re.I | re.A)
-_BARE = re.compile(r"\[\[\s*(?:response\s*)?[AB]\s*\]\]", re.I | re.A)
+_CHOICE = re.compile(rf"[\s*\"'`]*(?:\[\[{_SIDE}\]\]|\[{_SIDE}\]|\({_SIDE}\)|{_SIDE})[\s*\"'`.]*", re.IGNORECASE | re.ASCII)
+_BARE = re.compile(r"\[\[\s*(?:response\s*)?[AB]\s*\]\]", re.IGNORECASE | re.ASCII)
 _END = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<｜end▁of▁sentence｜>)*\Z")
 _SENTENCE = re.compile(r"[.!?;\n]+")
 

@@ -1,0 +1,495 @@
+"""A critique → arguments: what is said, about which response, as praise or blame, and whether it decides.
+
+Offline, an argument is a clause. Sides are read from mentions ("Response A", "the second answer", "it"), polarity from a
+lexicon with the scope of negation; nothing here needs a model. The LLM backend asks a judge for the same fields (JSON schema).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from nltk.stem.porter import PorterStemmer
+from sentencex import segment
+
+from .pairs import OTHER
+
+Side = Literal["A", "B", "both"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One reason. `polarity`: 1 praise, -1 blame, 0 neither (a bare description). `core`: it justifies the choice.
+
+    `members`: the wordings of all annotators who raised it (merged references only; otherwise its own text)."""
+
+    text: str
+    side: Side | None
+    polarity: int
+    core: bool = False
+    members: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def supports(self) -> str | None:
+        """The response that this argument speaks for: praise of A and blame of B both speak for A."""
+        if self.side not in OTHER or not self.polarity:
+            return None
+        return self.side if self.polarity > 0 else OTHER[self.side]
+
+
+# ---- lexicon: aspect: words of praise | words of blame. Stems are compared, so one form of a word is enough. -------------
+_LEXICON = """
+accuracy: correct accurate right true truthful precise exact valid proper sound realistic verify faithful authentic | incorrect
+  inaccurate wrong false untrue erroneous mistaken mistake error hallucinate hallucination fabricate fabricated misleading flawed flaw
+  invalid misinformation bug buggy fault faulty imprecise nonexistent bogus misinterpret misunderstand misunderstood misconception
+evidence: evidence fact factual proof prove support statistic data cite citation source reference example research study
+  backed substantiate substantiated concrete | opinion unsupported unproven baseless unsubstantiated unfounded assertion
+  speculation speculative hearsay assumption
+detail: detail elaborate depth thorough explain explanation specific comprehensive complete completeness information informative insight
+  insightful extensive expand robust substance rich nuance nuanced context multiple several variety point reason cover meaningful
+  deep | vague brief short shallow simplistic incomplete partial superficial oversimplify sparse empty omit
+  missing general generic minimal skip overlook
+clarity: clear clearly clarity understandable coherent readable legible comprehensible articulate eloquent lucid plain cohesive fluent
+  understand straightforward easy | unclear confusing confuse incoherent ambiguous garbled nonsense nonsensical ramble rambling muddled
+  incomprehensible convoluted unintelligible gibberish hard difficult obscure cryptic disjointed
+relevance: relevant topic address answer focus focused direct directly pertinent stick | irrelevant unrelated tangent tangential digress
+  off-topic sidetrack beside stray evade dodge sidestep deviate unnecessary
+logic: logical logic reasoning reasoned rational sense sensible persuasive compelling thoughtful consistent plausible | illogical fallacy
+  fallacious contradictory contradict contradiction inconsistent inconsistency irrational senseless absurd hypocritical
+grammar: grammar grammatical well-written spelling punctuation | typo misspell misspelled misspelling ungrammatical slang grammatically-incorrect
+structure: structure structured organized organised format formatted formatting bullet heading layout well-organized tidy readability |
+  disorganized unorganized unstructured unformatted messy cluttered sloppy
+instruction: follow adhere fulfill fulfil meet satisfy comply requirement instruction request constraint prompt | violate ignore disregard
+  unrequested unprompted
+concise: concise succinct to-the-point brevity compact crisp | verbose wordy long-winded lengthy repetitive redundant repetition redundancy
+  repeat bloated verbosity
+tone: polite respectful friendly kind professional calm objective neutral balanced mature warm empathetic empathy unbiased fair civil |
+  rude offensive insult insulting aggressive biased bias attack demeaning inappropriate unprofessional emotional sarcastic
+  sarcasm immature childish hostile judgmental derogatory mock ridicule preachy condescending arrogant profanity vulgar disrespectful
+safety: safe harmless ethical responsible | harmful unsafe dangerous unethical illegal toxic
+helpfulness: helpful useful practical actionable applicable usable effective beneficial | unhelpful useless impractical ineffective refusal
+  refuse decline unusable pointless
+creativity: creative original engaging interesting vivid imaginative unique memorable fun | boring dull bland unoriginal cliche
+credibility: credible credibility authority experience expert trustworthy reliable knowledgeable confident | unreliable dubious
+function: work run compile functional execute scalable efficient | broken crash inefficient fail
+overall: better best good great superior convincing strong stronger preferable excellent nice perfect impressive valuable appropriate well
+  decent success successful improve | worse worst bad poor poorly weak weaker inferior terrible awful horrible unconvincing lacking lame
+  problem problematic issue ridiculous stupid silly unacceptable disappointing fatal
+"""
+_WEAK = "provide give offer include contain state show present mention discuss describe acknowledge use bring propose suggest recommend"
+_ANTONYMS = """increase decrease, before after, above below, long short, high low, hot cold, always never, include exclude, accept reject,
+allow forbid, win lose, buy sell, rise fall, start end, begin finish, open close, maximum minimum, positive negative, agree disagree,
+legal illegal, possible impossible, present absent, early late, male female, even odd, support oppose, add subtract, add remove, multiply
+divide, north south, east west, day night, old new, old young, big small, large small, fast slow, love hate, remember forget, upper
+lower, import export, public private, input output, ascending descending, horizontal vertical, inside outside, internal external, forward
+backward, formal informal, active passive, mandatory optional, convex concave, directly inversely, top bottom, left right, gain loss, cheap
+expensive, hero villain, guilty innocent, alive dead, full empty, wet dry, light dark, light heavy, wide narrow, thick thin, deep shallow,
+raise reduce, grow shrink, expand contract, encourage discourage, approve disapprove, connect disconnect, enable disable, encrypt decrypt,
+clockwise counterclockwise, freeze melt, sharp blunt, broad narrow, major minor, simple complex, easy hard, easy difficult, true false,
+correct incorrect, correct wrong, right wrong, accurate inaccurate, clear unclear, clear confusing, relevant irrelevant, logical illogical,
+concise verbose, concise wordy, detailed vague, specific vague, specific generic, safe unsafe, safe dangerous, helpful unhelpful, useful
+useless, consistent inconsistent, consistent contradictory, organized disorganized, structured unstructured, polite rude, respectful
+disrespectful, objective biased, strong weak, good bad, better worse, best worst, superior inferior, valid invalid, complete incomplete,
+fact opinion, creative bland, interesting boring, coherent incoherent, professional unprofessional, appropriate inappropriate, credible
+dubious, effective ineffective, efficient inefficient, answer dodge, follow ignore, address ignore, include omit, mention omit, keep drop,
+convincing unconvincing, persuasive unpersuasive, harmless harmful, balanced biased, calm aggressive, grammatical ungrammatical,
+supported unsupported, reliable unreliable, necessary unnecessary, brief lengthy, thorough superficial, deep superficial, more less, more fewer"""
+_NEGATORS_WORDS = """not no never without lack lacks lacking lacked neither nor cannot fail fails failed failing failure less fewer hardly barely omit
+omits omitted omitting absence absent avoid avoids avoided avoiding free unable nothing none zero devoid refuses refused refuse
+least unlike insufficient miss misses missing missed ignore ignores ignored ignoring forgets forgot overlooks neglects neglected
+neglect rather instead didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't wouldn't shouldn't hasn't haven't
+needn't"""
+_NEGATORS = set(_NEGATORS_WORDS.split())
+_BLAMING_WORDS = """not no never without lack lacks lacking lacked neither nor cannot fail fails failed failing failure hardly barely omit omits
+omitted omitting absence unable nothing none refuses refused refuse insufficient miss misses missing missed ignore ignores ignored
+ignoring forgets forgot overlooks neglects neglected neglect didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't"""
+_BLAMING = set(_BLAMING_WORDS.split())
+_STOP_WORDS = """a an the of to in on at by for from with as is are was were be been being am it its this that these those which who whom whose
+what and or but if then than so because since while whereas although though however also just even only very much quite more most
+less too do does did done doing have has had having will would can could should may might must i me my we our you your he him his
+she her they them their there here s t into about over under up down out off again once both each other one ones such own same all
+any some few response responses argument arguments answer answers one two way like make makes made get gets got sidea sideb other
+besides overall rather instead not no never without neither nor cannot"""
+_STOP = set(_STOP_WORDS.split())
+_COUNTING = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty"""
+_OTHER_NUMBERS = """thirty=30 forty=40 fifty=50 sixty=60 seventy=70 eighty=80 ninety=90 hundred=100 thousand=1000 million=1000000
+billion=1000000000 dozen=12 twice=2 thrice=3 half=0.5 third=3rd fourth=4th fifth=5th"""
+_NUMBER_WORDS = {w: str(i) for i, w in enumerate(_COUNTING.split())} | dict(w.split("=") for w in _OTHER_NUMBERS.split())
+
+_stemmer = PorterStemmer()
+_OWN_STEM = {w: w for w in ("useful", "useless", "helpful", "helpless", "responsible", "originated", "factor", "kindness")}
+_OWN_STEM |= {"kind": "kindly", "kinds": "kindly"}
+
+
+@lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """Porter's stem, but for words that it would join with another meaning ("useful" with "use")."""
+    return _OWN_STEM.get(word) or _stemmer.stem(word)
+
+
+def _read_lexicon():
+    sign, aspects = {}, {}
+    for line in re.sub(r"\n  +", " ", _LEXICON.strip()).splitlines():
+        aspect, words = line.split(":", 1)
+        for polarity, part in zip((1, -1), words.split("|")):
+            for word in part.split():
+                sign.setdefault(stem(word), polarity)
+                aspects.setdefault(stem(word), aspect)
+    antonym = {}  # stem -> (canonical stem, sign)
+    for pair in _ANTONYMS.replace("\n", " ").split(","):
+        one, other = (stem(w) for w in pair.split())
+        root, root_sign = antonym.get(one, (one, 1))
+        antonym.setdefault(one, (root, root_sign))
+        antonym.setdefault(other, (root, -root_sign))
+    return sign, aspects, antonym
+
+
+_SIGN, _ASPECT, _ANTONYM = _read_lexicon()
+_WEAK_STEMS = {stem(w) for w in _WEAK.split()}
+ASPECTS = sorted(set(_ASPECT.values()))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a clause says, ready to be compared. `concepts`: stem → 1, or -1 where it is negated or the antonym is said."""
+
+    concepts: dict[str, int]
+    numbers: frozenset[str]
+    names: frozenset[str]
+    aspects: frozenset[str]
+    evaluation: float  # > 0 praise, < 0 blame
+    comparative: bool
+    words: tuple[str, ...]
+
+
+_WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*|\d[\d,]*\.?\d*%?")
+_COMPARATIVE = re.compile(r"\b(?:than|more|less|fewer|most|unlike|compared|whereas|while|instead|rather|better|worse|\w{3,}er)\b", re.IGNORECASE)
+_QUOTED = re.compile(r"[\"“”`]([^\"“”`]{2,60})[\"“”`]")
+
+
+@lru_cache(maxsize=200_000)
+def analyse(text: str) -> Claim:
+    """The claim of one clause, sides masked as SIDEA, SIDEB."""
+    tokens = [(m[0].replace("’", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
+    concepts, numbers, names, aspects, words = {}, set(), set(), set(), []
+    total, scope, reach, blamed, substance = 0.0, 1, 0, False, False
+    for i, (token, start, _) in enumerate(tokens):
+        low = token.lower()
+        if i and re.search(r"[,;:.]|\bbut\b", text[tokens[i - 1][2] : start]) or low in ("but", "and") and reach <= 2:
+            scope, reach = 1, 0
+        if token in ("SIDEA", "SIDEB"):
+            continue
+        if low[0].isdigit():
+            numbers.add(low.rstrip(".%").replace(",", "") + ("%" if low.endswith("%") else ""))
+            words.append(low)
+            continue
+        after = tokens[i + 1][0].lower() if i + 1 < len(tokens) else ""
+        if low in _NUMBER_WORDS and not (low == "one" and (i == 0 or after in ("of", "that", "is") or tokens[i - 1][0].lower() in _STOP)):
+            numbers.add(_NUMBER_WORDS[low])
+        negates = low in _NEGATORS or low.endswith("n't") or low in ("hard", "difficult") and after == "to"
+        if low == "not" and after == "only" or low == "free" and after != "of":
+            negates = False
+        root = stem(low)
+        sign = _SIGN.get(root)
+        if sign is None and low not in _STOP:
+            sign, root = _prefixed(low, root)
+        said, concept = scope, root
+        if root in _ANTONYM:
+            concept, flip = _ANTONYM[root]
+            said *= flip
+        if low not in _STOP and not (negates and low != "hard" and low != "difficult"):
+            words.append(low)
+            concepts[concept] = said if concepts.get(concept, said) == said else 0
+            if token[0].isupper() and i and not re.search(r"[.!?:\"“]\s*$", text[:start]):
+                names.add(low)
+        if sign and not negates:
+            strength = 0.6 if _ASPECT[root] == "overall" else 1.0
+            total += strength * sign * scope
+            aspects.add(_ASPECT[root])
+            blamed = blamed or sign * scope < 0
+        elif root in _WEAK_STEMS and not negates:
+            total += 0.3 * scope
+        if low == "too" and after not in ("", "and") and (i + 2 < len(tokens) or after not in _STOP) and i > 0:
+            total -= 1.5
+        if negates:
+            if scope < 0 and reach > 0:  # "does not fail to"
+                scope, reach = 1, 5
+            else:
+                scope, reach = -1, 6
+            if low in _BLAMING or low.endswith("n't"):
+                substance = True
+                total -= 0.35
+        elif reach:
+            reach -= 1
+            if not reach:
+                scope = 1
+    for quoted in _QUOTED.findall(text):
+        names.add(quoted.lower().strip(" .,"))
+    if substance and not aspects and total == 0:
+        total = -0.35
+    return Claim(concepts, frozenset(numbers), frozenset(names), frozenset(aspects), total, bool(_COMPARATIVE.search(text)), tuple(words))
+
+
+def _prefixed(word: str, root: str) -> tuple[int | None, str]:
+    """Sign and stem of "unhelpful" where only "helpful" is known: the stem keeps its own form, as an antonym of the known one."""
+    m = re.match(r"(?:un|in|im|ir|il|dis|non-?|mis)(\w{4,})$", word)
+    if m and stem(m[1]) in _SIGN:
+        base = stem(m[1])
+        _SIGN.setdefault(root, -_SIGN[base])
+        _ASPECT.setdefault(root, _ASPECT[base])
+        canonical, sign = _ANTONYM.get(base, (base, 1))
+        _ANTONYM.setdefault(base, (canonical, sign))
+        _ANTONYM.setdefault(root, (canonical, -sign))
+        return _SIGN[root], root
+    return None, root
+
+
+# ---- from text to clauses ---------------------------------------------------------------------------------------------
+_NOUN = r"(?:responses?|answers?|solutions?|assistants?|arguments?|options?|outputs?|candidates?|repl(?:y|ies)|arg\.?|completions?|models?|critiques?)"
+_VERBISH = (
+    r"(?:is|was|has|had|does|did|gives?|gave|provides?|lacks?|fails?|contains?|includes?|uses?|shows?|makes?|offers?|explains?|states?|"
+    r"ignores?|answers?|addresses|can|could|would|should|also|clearly|correctly|only|better|just|better|says?|never|not|goes|"
+    r"misses|follows|violates|wins?|covers?|mentions?|'s|doesn't|isn't|didn't)\b"
+)
+_MENTIONS = [
+    (re.compile(rf"@?\b{_NOUN}\s+[#(]?(?:A|1)\)?\s*(?:and|&|or|,)\s*[#(]?(?:B|2)\b\)?", re.IGNORECASE), " BOTHSIDES "),
+    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:A|1|one)\b[)\]]?(?!\s+of)", re.IGNORECASE), " SIDEA "),
+    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:B|2|two)\b[)\]]?", re.IGNORECASE), " SIDEB "),
+    (re.compile(rf"\bthe\s+(?:first|former|1st)(?:\s+(?:{_NOUN}|one|text|author|writer))?(?=\s+{_VERBISH}|[\s,]*(?:and|but|while|,|\.|$))", re.IGNORECASE), " SIDEA "),
+    (re.compile(rf"\bthe\s+(?:second|latter|2nd)(?:\s+(?:{_NOUN}|one|text|author|writer))?(?=\s+{_VERBISH}|[\s,]*(?:and|but|while|,|\.|$))", re.IGNORECASE), " SIDEB "),
+    (re.compile(rf"\b(?:the\s+)?(?:first|former|1st)\s+{_NOUN}", re.IGNORECASE), " SIDEA "),
+    (re.compile(rf"\b(?:the\s+)?(?:second|latter|2nd)\s+{_NOUN}", re.IGNORECASE), " SIDEB "),
+    (re.compile(rf"\b(?:[Aa]\s?1\b|A\b(?=\s*{_VERBISH})|(?<=[a-z,] )A\b(?!\s+[a-z]+\s+(?:of|is|that)\b))"), " SIDEA "),
+    (re.compile(r"\b(?:[Aa]\s?2|B)\b(?![.'-]\w|\+\+)"), " SIDEB "),
+    (re.compile(rf"\b(?:both|neither|the two|each response)(?:\s+of)?(?:\s+(?:the|these))?(?:\s+(?:{_NOUN}|them))?\b", re.IGNORECASE), None),
+]
+_LIST_MARK = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
+_VERDICT = re.compile(
+    r"^\W*(?:(?:so|overall|thus|therefore|hence|in conclusion|in summary|i (?:think|believe|feel)(?: that)?|to me)\W+)*"
+    r"(?:(?P<who>SIDE[AB]|it)\s+(?:is|was|seems|feels|has|makes|gives|provides|looks|does|wins|i think is)\b\s*"
+    r"(?:(?:a|an|the|by|far|slightly|much|clearly|significantly|way|definitely|overall|somewhat|marginally|just|also|simply|even|lot|"
+    r"little|bit|considerably|only|more|most|many|very|to be)\s+)*"
+    r"(?:better|best|stronger|strongest|superior|preferable|preferred|convincing|persuasive|winner|favou?red|good|great)?"
+    r"(?:\s+(?:response|answer|argument|choice|option|one|point|case|overall|job|to me|in general))*"
+    r"|(?:i\s+)?(?:prefer|choose|chose|pick|favou?r|vote for|go with|like)\s+(?P<liked>SIDE[AB])(?:\s+(?:more|better))?)"
+    r"(?:\s+(?:than|over|to|compared to)\s+(?:SIDE[AB]|the other(?:\s+\w+)?))?"
+    r"(?P<mark>\s*(?:[.:!]*\s*$|[,;:.]?\s*(?:because|since|as|due to|for (?:a few reasons|the following reasons)\W*|in that|given that|mainly because|by|for)\b(?:\s+of)?|[,;:]))",
+    re.IGNORECASE,
+)
+_BETTER = re.compile(r"better|best|stronger|strongest|superior|prefer|convinc|persuasive|winner|favou?r|choose|chose|pick|vote|go with|wins|good|great|like", re.IGNORECASE)
+_CONTRAST = re.compile(
+    r"\s*(?:;|\s[—–-]\s|(?:,\s*)?\b(?:while|whereas|but|however|although|though|yet|on the other hand|in contrast|nevertheless|nonetheless|albeit)\b,?)\s*",
+    re.IGNORECASE,
+)
+_CONCEDES = re.compile(r"\b(?:although|though|despite|even though|albeit|even if|admittedly)\b|^\W*while\b|\b(?:slight|slightly|minor|nitpick|small issue|little)\b", re.IGNORECASE)
+_FATAL = re.compile(r"\bfatal|deal[- ]?breaker|disqualif|(?:critical|decisive|unforgivable|catastrophic)\s+(?:error|flaw|mistake|issue|problem|failure|bug|fault|defect)|showstopper", re.IGNORECASE)
+_VERBS = (
+    r"(?:is|are|was|were|has|have|had|does|do|did|gives?|gave|provides?|provided|lacks?|fails?|contains?|includes?|uses?|shows?|makes?|"
+    r"offers?|explains?|states?|ignores?|answers?|addresses|follows?|adheres?|meets?|avoids?|covers?|mentions?|presents?|cites?|omits?|"
+    r"misses|violates?|adds?|supports?|goes|talks?|seems?|appears?|can|could|would|should|repeats?|refuses?|asks?|tries|attempts?|"
+    r"maintains?|keeps?|brings?|describes?|discusses|demonstrates?|acknowledges?|suggests?|hallucinates?|attacks?|insults?|rambles?|"
+    r"contradicts?|delivers?|sticks?|stays?|reads?|sounds?|feels?|flows?|works?|runs?|crashes|produces?|returns?|doesn't|isn't|didn't|"
+    r"focuses|relies|gets|creates?|completely|fully|clearly|correctly|accurately|incorrectly|properly|never|not)"
+)
+_JOINED = re.compile(rf"(?:,\s*(?:and|or|as well as)?\s*|\s+and\s+(?:also\s+|then\s+)?)(?=(?:it\s+|also\s+|they\s+)?{_VERBS}\b)", re.IGNORECASE)
+_BEFORE_SIDE = re.compile(r"(?:,\s*(?:and\s+)?|\s+and\s+|\s+because\s+|\s+since\s+)(?=(?:SIDE[AB]|it)\s+(?!and\b|or\b)\w)")
+_LISTED = re.compile(r"(?:\s*,\s*(?:and\s+|or\s+|as well as\s+)?|\s+and\s+|\s+as well as\s+|\s+nor\s+)", re.IGNORECASE)
+_EXCLUDED = re.compile(r"\b(?:than|unlike|compared (?:to|with)|over|versus|vs\.?|from|to|in contrast to|as opposed to|rather than|instead of|of|with)\s+(?:that of\s+|the other\s+)?$", re.IGNORECASE)
+_SUBJECT = re.compile(r"\b(?:SIDEA|SIDEB|BOTHSIDES)\b")
+_HEAD = re.compile(r"^\W*(?:SIDE[AB]|it|BOTHSIDES)?\W*(?:also\s+)?((?:does not|doesn't|did not|didn't|is not|isn't|lacks?|lacking|has no|have no|without|fails? to \w+|fails?|failed to \w+|misses|missing|ignores?|omits?|no|not|less|fewer|too|more)\b)", re.IGNORECASE)
+
+
+def mask_sides(text: str) -> str:
+    """Every way to name a response → SIDEA, SIDEB or BOTHSIDES."""
+    for pattern, token in _MENTIONS:
+        text = pattern.sub(token or (lambda m: " BOTHSIDES " + ("not " if m[0].lower().startswith("neither") else "")), text)
+    return re.sub(r"[ \t]+", " ", text)
+
+
+def _clauses(sentence: str) -> list[str]:
+    """Clauses of one masked sentence."""
+    parts = [sentence]
+    for pattern in (_CONTRAST, _BEFORE_SIDE, _JOINED):
+        parts = [p for part in parts for p in _split(pattern, part)]
+    return [p for part in parts for p in _listing(part)]
+
+
+def _split(pattern, text):
+    out, last = [], 0
+    for m in pattern.finditer(text):
+        if len(re.findall(r"[A-Za-z]{3,}", text[last : m.start()])) >= 1:
+            out.append(text[last : m.start()])
+            last = m.end()
+    out.append(text[last:])
+    return [p for p in (p.strip(" ,;") for p in out) if re.search(r"\w", p)]
+
+
+def _listing(clause):
+    """ "lacks clarity, evidence and structure" → three clauses, where each piece names an aspect of its own."""
+    pieces = [p for p in _LISTED.split(clause) if p and p.strip()]
+    if len(pieces) < 2:
+        return [clause]
+    aspects = [analyse(p).aspects - {"overall"} for p in pieces]
+    if not all(aspects) or len(set().union(*aspects)) < len(pieces):
+        return [clause]
+    head = _HEAD.match(pieces[0])
+    lead = head[1] + " " if head else ""
+    return [pieces[0]] + [p if _HEAD.match(p) else lead + p for p in pieces[1:]]
+
+
+def extract(critique: str, backend: str = "offline", judge=None) -> list[Argument]:
+    """Arguments of one critique, in reading order; the same point said twice in the same words counts once.
+
+    `core`: it justifies the choice. That is what praises or blames, is not conceded ("although …", "slightly") and, where the
+    critique says which response is better, speaks for that one; a fatal error, where named, is the only core argument; where
+    nothing qualifies every argument is core. backend "llm" asks `judge` (see `ask`) and returns [] where it gave no answer."""
+    if backend == "llm":
+        found = ask([critique], judge)[0]
+        return found or []
+    if backend != "offline":
+        raise ValueError(f"backend {backend!r}: allowed are 'offline' and 'llm'")
+    return list(_extract(critique))
+
+
+def extract_many(critiques: Iterable[str]) -> list[list[Argument]]:
+    return [list(_extract(c)) for c in critiques]
+
+
+def repetition(critique: str) -> int:
+    """How often the critique makes its most repeated point, word for word."""
+    counts: dict = {}
+    for argument in _read(critique)[0]:
+        counts[_key(argument)] = counts.get(_key(argument), 0) + 1
+    return max(counts.values(), default=0)
+
+
+def _key(argument):
+    return (argument.side, argument.polarity, re.sub(r"\W+", " ", argument.text.lower()).strip())
+
+
+@lru_cache(maxsize=100_000)
+def _extract(critique: str) -> tuple[Argument, ...]:
+    found, winner, conceded, fatal = _read(critique)
+    unique: dict = {}
+    for i, argument in enumerate(found):
+        unique.setdefault(_key(argument), (argument, i in conceded, i in fatal))
+    kept = list(unique.values())
+    core = [f for _, _, f in kept] if any(f for _, _, f in kept) else [
+        a.polarity != 0 and not weak and (winner is None or a.supports in (None, winner)) for a, weak, _ in kept
+    ]  # fmt: skip
+    if not any(core):
+        core = [True] * len(kept)
+    return tuple(Argument(a.text, a.side, a.polarity, c, (a.text,)) for (a, _, _), c in zip(kept, core))
+
+
+def _read(critique: str):
+    """All clauses as arguments, the response that the critique calls better, indices of conceded and of fatal ones."""
+    found, conceded, fatal = [], set(), set()
+    winner = subject = None
+    bare = []
+    for line in critique.splitlines():
+        line = mask_sides(_LIST_MARK.sub("", line)).strip()
+        if not line:
+            continue
+        for sentence in segment("en", line):
+            sentence = sentence.strip()
+            verdict = _VERDICT.match(sentence)
+            if verdict and _BETTER.search(verdict[0]):
+                who = verdict["who"] or verdict["liked"]
+                who = who[-1] if who and who.upper().startswith("SIDE") else subject
+                rest = sentence[verdict.end() :].strip(" ,.;:")
+                if who in OTHER:
+                    winner, subject = winner or who, who
+                if len(re.findall(r"[A-Za-z]{2,}", rest)) < 2:
+                    if re.search(r"[A-Za-z]", sentence):
+                        bare.append(Argument(sentence, who, 1))
+                    continue
+                sentence = rest
+            for clause in _clauses(sentence):
+                if not re.search(r"[^\W\d_]{2,}", clause) or re.fullmatch(r"[\w\s]{0,30}:", clause.strip()):
+                    continue
+                side = _side(clause, subject or winner)
+                if side in OTHER:
+                    subject = side
+                claim = analyse(clause)
+                polarity = 1 if claim.evaluation > 0.25 else -1 if claim.evaluation < -0.25 else 0
+                if not claim.words and not polarity:
+                    continue
+                if _CONCEDES.search(clause) or _CONCEDES.search(sentence[: max(0, sentence.find(clause))][-12:]):
+                    conceded.add(len(found))
+                if is_fatal(clause):
+                    fatal.add(len(found))
+                found.append(Argument(clause.strip(" ,.;:"), side, polarity))
+    return found or bare, winner, conceded, fatal
+
+
+def is_fatal(clause: str) -> bool:
+    """Whether a clause names a fatal error."""
+    return bool(_FATAL.search(clause)) and not re.search(r"\b(?:no|not|without|non)\b|n't\b", clause)
+
+
+def _side(clause, inherited):
+    mentions = [(m[0], bool(_EXCLUDED.search(clause[: m.start()]))) for m in _SUBJECT.finditer(clause)]
+    if any(name == "BOTHSIDES" for name, _ in mentions):
+        return "both"
+    plain = [name[-1] for name, excluded in mentions if not excluded]
+    if plain:
+        return plain[0]
+    if mentions:  # only "than SIDEB": the other one is meant
+        return OTHER[mentions[0][0][-1]] if re.search(r"\b(?:than|unlike|compared|over|versus|vs|contrast|opposed)\b", clause) else mentions[0][0][-1]
+    return inherited
+
+
+# ---- LLM backend ------------------------------------------------------------------------------------------------------
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "arguments": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "text": {"type": "string"},
+                    "side": {"enum": ["A", "B", "both"]},
+                    "polarity": {"enum": ["praise", "blame"]},
+                    "core": {"type": "boolean"},
+                },
+                "required": ["text", "side", "polarity", "core"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["arguments"],
+    "additionalProperties": False,
+}
+_INSTRUCTION = (
+    "List the arguments of this critique, which compares Response A and Response B. An argument is one reason. For each give its text, the "
+    "response it is about (A, B or both), whether it is praise or blame, and whether it is core: strong enough to justify the choice alone. "
+    "If the critique names a fatal error, only that is core. Merge repetitions.\n\n<critique>\n{}\n</critique>"
+)
+
+
+def messages(critique: str) -> list[dict[str, str]]:
+    """What the judge is asked for one critique; the critique's own delimiters are neutralised."""
+    from .grm import neutralise
+
+    return [{"role": "user", "content": _INSTRUCTION.format(neutralise(critique.replace("</critique>", "<\\/critique>")))}]
+
+
+def ask(critiques: list[str], judge) -> list[list[Argument] | None]:
+    """Arguments by an LLM, one batch; None where the judge gave no usable answer (missing, not empty)."""
+    if judge is None:
+        raise ValueError("backend 'llm' needs a judge: pass judge=Judge(params.judge)")
+    answers = iter(judge.ask([messages(c) for c in critiques if c.strip()], SCHEMA))
+    out = []
+    for critique in critiques:
+        answer = next(answers) if critique.strip() else {"arguments": []}
+        out.append(None if answer is None else [
+            Argument(mask_sides(a["text"]).strip(), a["side"], 1 if a["polarity"] == "praise" else -1, a["core"], (a["text"],))
+            for a in answer["arguments"] if a["text"].strip()
+        ])  # fmt: skip
+    return out
