@@ -30,9 +30,8 @@ class Standing:
 
 @dataclass
 class _Desk:
-    """Sends rounds to the judge. Who is shown first is decided by a hash of both keys, a rematch is shown the other way round."""
+    """Books one tournament. Who is shown first is decided by a hash of both keys, a rematch is shown the other way round."""
 
-    compare: Compare
     keys: list[str]
     seed: int
     judgements: int = 0
@@ -43,8 +42,8 @@ class _Desk:
     def bit(self, *what: object) -> int:
         return hashlib.sha256(repr((self.seed, *what)).encode()).digest()[0] & 1
 
-    def play(self, matches: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """[(i, j)] → [(winner, loser)], in one call of the judge."""
+    def play(self, matches: list[tuple[int, int]]):
+        """Generator: yields one round as it is to be shown, is sent the verdicts, returns [(winner, loser)]."""
         shown = []
         for i, j in matches:
             i, j = sorted((i, j), key=lambda c: (self.keys[c], c))
@@ -53,9 +52,7 @@ class _Desk:
             shown.append((j, i, times) if self.bit("order", self.keys[i], self.keys[j]) ^ (times & 1) else (i, j, times))
         if not shown:
             return []
-        verdicts = list(self.compare([(i, j) for i, j, _ in shown]))
-        if len(verdicts) != len(shown):
-            raise ValueError(f"compare was asked for {len(shown)} verdicts and gave {len(verdicts)}")
+        verdicts = yield [(i, j) for i, j, _ in shown]
         self.rounds += 1
         self.judgements += len(shown)
         out = []
@@ -78,17 +75,6 @@ class _Desk:
         return Standing([c for tier in tiers for c in tier], scores, self.judgements, self.coins, self.rounds)
 
 
-def _start(n: int, compare: Compare, seed: int, keys: Sequence[str] | None) -> tuple[_Desk, list[int]]:
-    """The desk and the candidates in bracket order: by hash of their keys, so that the order they came in does not matter."""
-    if n < 1:
-        raise ValueError(f"a tournament needs at least one candidate, found {n}")
-    keys = [str(i) for i in range(n)] if keys is None else [str(k) for k in keys]
-    if len(keys) != n:
-        raise ValueError(f"{len(keys)} keys for {n} candidates")
-    order = sorted(range(n), key=lambda i: (hashlib.sha256(f"{seed}:{keys[i]}".encode()).digest(), i))
-    return _Desk(compare, keys, seed), order
-
-
 def _pair_up(pool: list[int], byes: Counter) -> tuple[list[tuple[int, int]], list[int]]:
     """Neighbours meet; of an odd number, the last of those with the fewest byes sits out."""
     pool = list(pool)
@@ -100,26 +86,21 @@ def _pair_up(pool: list[int], byes: Counter) -> tuple[list[tuple[int, int]], lis
     return list(zip(pool[::2], pool[1::2])), out
 
 
-def _by_victor(rounds: list[list[tuple[int, int]]], champion: int) -> list[int]:
+def _by_victor(rounds: list[list[tuple[int, int]]], champion: int) -> list[list[int]]:
     """Strict order from (victor, eliminated) per round: later rounds are better, within a round those whom a better one beat."""
     ranking = [champion]
     for beaten in reversed(rounds):
         ranking += [loser for _, loser in sorted(beaten, key=lambda m: ranking.index(m[0]))]
-    return ranking
+    return [[c] for c in ranking]
 
 
-def double_elimination(n: int, compare: Compare, seed: int = 0, keys: Sequence[str] | None = None) -> Standing:
-    """Two losses and a candidate is out: winners' bracket, losers' bracket, grand final, and a second final (bracket reset) where
-    the winner of the losers' bracket wins the first. At most 2n − 1 judgements in about 2·log2(n) rounds; each round is one call.
-
-    `keys` (the candidates' texts) make the result independent of the order in which candidates come. n = 1 scores 0.5."""
-    desk, winners = _start(n, compare, seed, keys)
+def _double(desk: _Desk, winners: list[int]):
     losers, byes, out = [], Counter(), []
     while len(winners) > 1 or len(losers) > 1:
-        (up, up_bye), (low, low_bye) = _pair_up(winners, byes), _pair_up(losers, byes)
-        if len(winners) == 1:
-            byes[winners[0]] -= 1  # waiting for the final is no bye
-        results = desk.play(up + low)
+        # a lone unbeaten candidate waits for the final: that is no bye
+        up, up_bye = _pair_up(winners, byes) if len(winners) > 1 else ([], winners)
+        low, low_bye = _pair_up(losers, byes)
+        results = yield from desk.play(up + low)
         top, bottom = results[: len(up)], results[len(up) :]
         out.append(bottom)
         winners = up_bye + [w for w, _ in top]
@@ -129,36 +110,90 @@ def double_elimination(n: int, compare: Compare, seed: int = 0, keys: Sequence[s
         losers = [c for pair in zip(longer, shorter) for c in pair] + longer[len(shorter) :]
     champion = winners[0]
     if losers:
-        [(first, second)] = desk.play([(winners[0], losers[0])])
+        [(first, second)] = yield from desk.play([(champion, losers[0])])
         if first == losers[0]:  # each has one loss now
-            [(first, second)] = desk.play([(winners[0], losers[0])])
+            [(first, second)] = yield from desk.play([(champion, losers[0])])
         champion = first
         out.append([(first, second)])
-    return desk.standing([[c] for c in _by_victor(out, champion)])
+    return _by_victor(out, champion)
+
+
+def _single(desk: _Desk, pool: list[int]):
+    byes, out = Counter(), []
+    while len(pool) > 1:
+        matches, bye = _pair_up(pool, byes)
+        out.append((yield from desk.play(matches)))
+        pool = bye + [w for w, _ in out[-1]]
+    return _by_victor(out, pool[0])
+
+
+def _everyone(desk: _Desk, order: list[int]):
+    played = yield from desk.play([(order[i], order[j]) for i in range(len(order)) for j in range(i + 1, len(order))])
+    wins, tiers = Counter(w for w, _ in played), defaultdict(list)
+    for c in order:
+        tiers[wins[c]].append(c)
+    return [tiers[w] for w in sorted(tiers, reverse=True)]
+
+
+SCHEMES = {"double elimination": _double, "single elimination": _single, "round robin": _everyone}
+
+
+def together(scheme: str, keys: Sequence[Sequence[str]], compare, seed: int = 0) -> list[Standing]:
+    """Several tournaments in step: each call of `compare` holds one round of all that still run, as [(tournament, i, j), ...].
+
+    scheme: a name in SCHEMES. keys: for each tournament its candidates' texts: they seed the bracket and the coins, so that the
+    order in which candidates come does not matter. Raises ValueError for an empty tournament or a judge that breaks its form."""
+    desks, running, pending, out = [], {}, {}, {}
+
+    def advance(t, verdicts):
+        try:
+            pending[t] = running[t].send(verdicts)
+        except StopIteration as end:
+            pending.pop(t, None)
+            out[t] = desks[t].standing(end.value)
+
+    for t, names in enumerate(keys):
+        names = [str(k) for k in names]
+        if not names:
+            raise ValueError(f"tournament {t} has no candidate")
+        desks.append(_Desk(names, seed))
+        order = sorted(range(len(names)), key=lambda i: (hashlib.sha256(f"{seed}:{names[i]}".encode()).digest(), i))
+        running[t] = SCHEMES[scheme](desks[t], order)
+        advance(t, None)
+    while pending:
+        asked = [(t, i, j) for t in sorted(pending) for i, j in pending[t]]
+        verdicts = list(compare(asked))
+        if len(verdicts) != len(asked):
+            raise ValueError(f"compare was asked for {len(asked)} verdicts and gave {len(verdicts)}")
+        by_tournament = defaultdict(list)
+        for (t, _, _), verdict in zip(asked, verdicts):
+            by_tournament[t].append(verdict)
+        for t, mine in by_tournament.items():
+            advance(t, mine)
+    return [out[t] for t in range(len(desks))]
+
+
+def _alone(scheme: str, n: int, compare: Compare, seed: int, keys: Sequence[str] | None) -> Standing:
+    if keys is not None and len(keys) != n:
+        raise ValueError(f"{len(keys)} keys for {n} candidates")
+    return together(scheme, [range(n) if keys is None else keys], lambda asked: compare([(i, j) for _, i, j in asked]), seed)[0]
+
+
+def double_elimination(n: int, compare: Compare, seed: int = 0, keys: Sequence[str] | None = None) -> Standing:
+    """Two losses and a candidate is out: winners' bracket, losers' bracket, grand final, and a second final (bracket reset) where
+    the winner of the losers' bracket wins the first. At most 2n − 1 judgements in about 2·log2(n) rounds, both brackets of a
+    round in one call. `keys`: see `together`. n = 1 scores 0.5."""
+    return _alone("double elimination", n, compare, seed, keys)
 
 
 def single_elimination(n: int, compare: Compare, seed: int = 0, keys: Sequence[str] | None = None) -> Standing:
     """One loss and a candidate is out: n − 1 judgements."""
-    desk, pool = _start(n, compare, seed, keys)
-    byes, out = Counter(), []
-    while len(pool) > 1:
-        matches, bye = _pair_up(pool, byes)
-        out.append(desk.play(matches))
-        pool = bye + [w for w, _ in out[-1]]
-    return desk.standing([[c] for c in _by_victor(out, pool[0])])
+    return _alone("single elimination", n, compare, seed, keys)
 
 
 def round_robin(n: int, compare: Compare, seed: int = 0, keys: Sequence[str] | None = None) -> Standing:
     """Everyone meets everyone, in one round: n(n − 1)/2 judgements; ranked by wins, equal wins share their rank."""
-    desk, order = _start(n, compare, seed, keys)
-    wins = Counter(w for w, _ in desk.play([(order[i], order[j]) for i in range(n) for j in range(i + 1, n)]))
-    tiers = defaultdict(list)
-    for c in order:
-        tiers[wins[c]].append(c)
-    return desk.standing([tiers[w] for w in sorted(tiers, reverse=True)])
-
-
-SCHEMES = {"double elimination": double_elimination, "single elimination": single_elimination, "round robin": round_robin}
+    return _alone("round robin", n, compare, seed, keys)
 
 
 def agreement(scores: Sequence[float], levels: Sequence[int]) -> float:
@@ -207,4 +242,19 @@ def ranked_sets(pairs, n: int, sets: int, seed: int = 0) -> list[dict]:
                 return found
         if len(found) == before:
             break
+    return found
+
+
+def distractor_sets(pairs, n: int, sets: int, seed: int = 0) -> list[dict]:
+    """As `ranked_sets`, for pairs whose questions have two responses only: the better one against the worse one and n − 2
+    responses to other questions. Only "better than all others" is known: levels 1 and 0."""
+    ordered = sorted(pairs, key=lambda p: hashlib.sha256(f"{seed}:{p.id}".encode()).digest())
+    found = []
+    for at, p in enumerate(ordered[:sets]):
+        good, bad = (p.response_a, p.response_b) if p.label == "A" else (p.response_b, p.response_a)
+        others = [q.response_a for q in ordered[at + 1 :] + ordered[:at] if q.context != p.context]
+        candidates = list(dict.fromkeys([good, bad, *others]))[:n]
+        candidates.sort(key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
+        levels = [int(c == good) for c in candidates]
+        found.append({"context": p.context, "group": p.group, "candidates": candidates, "levels": levels})
     return found

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmnlhf.pairs import PreferencePair
-from rmnlhf.tournament import SCHEMES, agreement, double_elimination, ranked_sets, round_robin, single_elimination
+from rmnlhf.tournament import (
+    agreement,
+    distractor_sets,
+    double_elimination,
+    ranked_sets,
+    round_robin,
+    single_elimination,
+    together,
+)  # fmt: skip
 
+SCHEMES = {"double elimination": double_elimination, "single elimination": single_elimination, "round robin": round_robin}
 sizes = st.integers(1, 33)
 seeds = st.integers(0, 10_000)
 
@@ -116,6 +125,26 @@ def test_the_order_of_candidates_does_not_matter(n, seed, scheme):
     assert (a.judgements, a.coins) == (b.judgements, b.coins)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), seeds, st.sampled_from(sorted(SCHEMES)))
+def test_tournaments_in_step_end_as_they_do_alone(ns, seed, scheme):
+    """One call of the judge for each round of all of them: as many calls as the longest one has rounds."""
+    keys = [[f"{t}/{i}" for i in range(n)] for t, n in enumerate(ns)]
+    calls = []
+
+    def verdict(a, b):
+        return random.Random(a + "|" + b).choice(["A", "B", "B", None])
+
+    def judge(asked):
+        calls.append(len(asked))
+        return [verdict(keys[t][i], keys[t][j]) for t, i, j in asked]
+
+    got = together(scheme, keys, judge, seed=seed)
+    for mine, names in zip(got, keys):
+        assert mine == SCHEMES[scheme](len(names), lambda ps, names=names: [verdict(names[i], names[j]) for i, j in ps], seed=seed, keys=names)
+    assert len(calls) == max(s.rounds for s in got) and sum(calls) == sum(s.judgements for s in got)
+
+
 def test_a_coin_is_seeded_and_fair():
     def silent(pairs):
         return [None] * len(pairs)
@@ -137,7 +166,7 @@ def test_bad_judges_are_named():
         single_elimination(2, lambda pairs: [])
     with pytest.raises(ValueError, match="'tie'"):
         single_elimination(2, lambda pairs: ["tie"])
-    with pytest.raises(ValueError, match="at least one candidate"):
+    with pytest.raises(ValueError, match="no candidate"):
         double_elimination(0, lambda pairs: [])
     with pytest.raises(ValueError, match="1 keys for 2"):
         double_elimination(2, lambda pairs: [], keys=["x"])
@@ -179,3 +208,13 @@ def test_ranked_sets_are_fully_labelled_and_transitive():
 def test_ranked_sets_refuse_a_cycle():
     cycle = [("a", "b"), ("b", "c"), ("c", "a")]
     assert ranked_sets([graph_pair("q", x, y, i) for i, (x, y) in enumerate(cycle)], n=3, sets=1) == []
+
+
+def test_distractor_sets_hold_one_best_response():
+    pairs = [graph_pair(f"q{i}", f"good {i}", f"bad {i}", i) for i in range(6)]
+    sets = distractor_sets(pairs, n=4, sets=5)
+    assert len(sets) == 5 and sets == distractor_sets(pairs[::-1], n=4, sets=5)
+    for s in sets:
+        q = s["context"][0]["content"][1:]
+        assert [c for c, level in zip(s["candidates"], s["levels"]) if level] == [f"good {q}"]
+        assert f"bad {q}" in s["candidates"] and len(set(s["candidates"])) == 4
