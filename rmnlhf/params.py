@@ -107,10 +107,12 @@ class Reward(Section):
 
 class MetaRMSection(Section):
     base: str
+    tune: Literal["head", "lora", "full"]
     lr: Rate
     epochs: Positive
     batch: Positive
     rollouts_per_pair: Positive
+    human_pairs: Count
     pairs: Positive
     max_length: Positive
     target: Literal["composite", "process"]
