@@ -18,7 +18,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rmnlhf import pairs as pairs_, sources
+from rmnlhf import pairs as pairs_
+from rmnlhf import sources
 from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,9 @@ def _present(names, data_dir) -> tuple[list[str], list[str]]:
     there = [n for n in names if sources.available(n, data_dir)]
     missing = [n for n in names if n not in there]
     for name in missing:
-        log.warning("source %s is not in %s: left out (`make data`, or python -m rmnlhf.sources %s)", name, data_dir, name)
+        log.warning(
+            "source %s is not in %s: left out (`make data`, or python -m rmnlhf.sources %s)", name, data_dir, name
+        )
     return there, missing
 
 
@@ -172,7 +175,9 @@ def load(folder: str | Path = "results/splits") -> Splits:
     about = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
 
     def rows(file):
-        return [PreferencePair.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [
+            PreferencePair.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line
+        ]
 
     truth = map(json.loads, filter(None, (folder / "hidden_truth.jsonl").read_text(encoding="utf-8").split("\n")))
     return Splits(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from rmnlhf.pairs import PreferencePair
+from rmnlhf.pairs import PreferencePair, settle
 
 # pair sources: name -> folders under data/ that they read
 PAIRS = {
@@ -30,12 +31,16 @@ PAIRS = {
 ROWS = ["judgebench", "pandalm", "llmbar", "rm_bench", "rewardbench", "rewardbench2", "math500", "processbench"]
 # hub datasets: fetched on request (they are large). `revision` None = the newest, resolved and recorded when fetched
 HUB = {
-    "helpsteer3": dict(id="nvidia/HelpSteer3", files="preference/*", licence="CC-BY-4.0",
-                       revision="f6d145777bcbde96137596340fab89793acd1031"),
-    "tulu3_if": dict(id="allenai/tulu-3-pref-personas-instruction-following", files="data/*", licence="ODC-BY-1.0",
-                     revision="cdf475940025c0434a22dbd0bbed336a746942fe"),
-    "rewardbench": dict(id="allenai/reward-bench", files="data/*", licence="ODC-BY-1.0", revision=None),
-    "rewardbench2": dict(id="allenai/reward-bench-2", files="data/*", licence="ODC-BY-1.0", revision=None),
+    "helpsteer3": {
+        "id": "nvidia/HelpSteer3", "files": "preference/*", "licence": "CC-BY-4.0",
+        "revision": "f6d145777bcbde96137596340fab89793acd1031",
+    },
+    "tulu3_if": {
+        "id": "allenai/tulu-3-pref-personas-instruction-following", "files": "data/*", "licence": "ODC-BY-1.0",
+        "revision": "cdf475940025c0434a22dbd0bbed336a746942fe",
+    },
+    "rewardbench": {"id": "allenai/reward-bench", "files": "data/filtered*", "licence": "ODC-BY-1.0", "revision": None},
+    "rewardbench2": {"id": "allenai/reward-bench-2", "files": "data/test*", "licence": "ODC-BY-1.0", "revision": None},
 }  # fmt: skip
 MODULES = {"helpsteer3_sample": "helpsteer3"}
 
@@ -70,9 +75,8 @@ def licence(name: str) -> str:
 def available(name: str, data_dir: str | Path = "data") -> bool:
     """Whether all files of a source are there, at their size (`fetch` checks the sha256)."""
     for folder in folders(name):
-        if folder in HUB:
-            if not Path(data_dir, folder, "FETCHED.json").exists():
-                return False
+        if folder in HUB and not Path(data_dir, folder, "FETCHED.json").exists():
+            return False
         for f in manifest().get(folder, {}).get("files", []):
             file = Path(data_dir, f["path"])
             if not file.exists() or file.stat().st_size != f["bytes"]:
@@ -94,9 +98,9 @@ def rows(name: str, data_dir: str | Path = "data") -> Iterator[tuple[str, dict]]
             content = json.loads(file.read_text(encoding="utf-8"))
             yield from ((stem, row) for row in (content if isinstance(content, list) else content.values()))
         elif file.suffix == ".parquet":
-            import pyarrow.parquet
+            from pyarrow import parquet
 
-            yield from ((stem, row) for row in pyarrow.parquet.read_table(file).to_pylist())
+            yield from ((stem, row) for row in parquet.read_table(file).to_pylist())
 
 
 def _require(name: str, data_dir) -> None:
@@ -114,11 +118,19 @@ def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
     return read(name, data_dir)[0]
 
 
-def read(name: str, data_dir: str | Path = "data"):
-    """(pairs, rows read, Counter of refused rows by reason) of a source; len(pairs) + refused == rows."""
+def read(name: str, data_dir: str | Path = "data") -> tuple[list[PreferencePair], int, Counter]:
+    """(pairs, rows read, Counter of refused rows by reason) of a source; len(pairs) + refused == rows.
+
+    A source's module yields, for each row, the fields of a pair (as found: `settle` decides the order) or why it is none."""
     _require(name, data_dir)
     module = import_module(f"rmnlhf.sources.{MODULES.get(name, name)}")
-    pairs, n_rows, refused = module.read(Path(data_dir), name)
-    if len(pairs) + sum(refused.values()) != n_rows:
-        raise AssertionError(f"{name}: {len(pairs)} kept + {sum(refused.values())} refused is not {n_rows} rows read")
-    return pairs, n_rows, refused
+    pairs, refused = [], Counter()
+    for fields in module.fields(Path(data_dir), name):
+        try:
+            if isinstance(fields, dict):
+                pairs.append(settle(PreferencePair(source=name, **fields)))
+            else:
+                refused[fields] += 1
+        except ValueError as e:
+            refused[str(e).split("': ", 1)[-1]] += 1  # without the id
+    return pairs, len(pairs) + sum(refused.values()), refused

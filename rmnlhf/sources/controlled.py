@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint, settle
+from rmnlhf.pairs import HumanCritique, fingerprint
 
 PAIRS, SEED, ERR = 1200, 7, 0.25
 
@@ -28,70 +27,70 @@ def words() -> dict:
     return yaml.safe_load(Path(__file__).with_name("controlled.yaml").read_text(encoding="utf-8"))
 
 
-# Each family returns (question, good response, flawed response, {x, right, wrong}, flaw).
+# Each family returns (question, good response, flawed response, what is right, what is wrong, subject, flaw).
 def facts(r):
     kind = r.choice(words()["facts"])
     right, wrong = r.sample(list(kind["classes"]), 2)
     x = r.choice(kind["classes"][right])
     answers = [r.choice(kind["answers"]).format(x=x, c=c) for c in (right, wrong)]
-    return r.choice(kind["questions"]).format(x=x), *answers, dict(x=x, right=right, wrong=wrong), "wrong fact"
+    return r.choice(kind["questions"]).format(x=x), *answers, right, wrong, x, "wrong fact"
 
 
 def arithmetic(r):
-    question, answer, kind = r.choice(words()["arithmetic"])
-    a, b, c, x = r.randint(3, 12), r.randint(6, 30), r.randint(5, 17), r.choice(words()["things"])
-    right = a * b + (c if kind == "mul_add" else -c)
+    t = words()["arithmetic"]
+    question, answer, sign = r.choice(t["tasks"])
+    v = {"a": r.randint(3, 12), "b": r.randint(6, 30), "c": r.randint(5, 17), "x": r.choice(t["things"])}
+    right = v["a"] * v["b"] + sign * v["c"]
     wrong = right + r.choice([-20, -10, -9, -2, -1, 1, 2, 9, 10, 20])
-    texts = [answer.format(a=a, b=b, c=c, x=x, p=a * b, r=n) for n in (right, wrong)]
-    return question.format(a=a, b=b, c=c, x=x), *texts, dict(x=x, right=f"{right} {x}", wrong=f"{wrong} {x}"), "wrong result"
+    texts = [answer.format(p=v["a"] * v["b"], r=n, **v) for n in (right, wrong)]
+    return question.format(**v), *texts, f"{right} {v['x']}", f"{wrong} {v['x']}", v["x"], "wrong result"
 
 
 def instructions(r):
     what = r.choice(list(words()["lists"]))
     n, m = r.sample([3, 4, 5, 6], 2)
     items = r.sample(words()["lists"][what], max(n, m) + 1)
+    some, one = ", ".join(items[:n]), items[n]
     kind = r.choice(["number", "case", "order", "word"])
+    # modes: (what is asked for, question, the text that fits it); one is asked for, the other's text is the flawed one
     if kind == "number":
-        asked, other = (f"exactly {k} {what}" for k in (n, m))
-        return f"List {asked} on one line.", ", ".join(items[:n]), ", ".join(items[:m]), dict(x=what, right=asked, wrong=other), "constraint missed"
-    some = items[:n]
-    if kind == "word":  # the text with `one` is right where it is asked for and flawed where it is forbidden
-        one, swap = items[n], items[: n - 1]
-        with_, without = (", ".join(r.sample(swap + [w], n)) for w in (one, items[n - 1]))
-        modes = [(f"{one} in the list", f"Include {one} among {n} {what}.", with_), (f"a list without {one}", f"List {n} {what}, but not {one}.", without)]
+        modes = [(f"exactly {k} {what}", f"List exactly {k} {what} on one line.", ", ".join(items[:k])) for k in (n, m)]
+    elif kind == "word":
+        with_, without = (", ".join(r.sample([*items[: n - 1], w], n)) for w in (one, items[n - 1]))
+        modes = [(f"{one} in the list", f"Include {one} among {n} {what}.", with_)]
+        modes += [(f"a list without {one}", f"List {n} {what}, but not {one}.", without)]
     elif kind == "case":
-        modes = [(f"{name} letters", f"Write {', '.join(some)} in {name} letters only.", f(", ".join(some))) for name, f in (("lowercase", str.lower), ("capital", str.upper))]
+        cases = {"lowercase": some.lower(), "capital": some.upper()}
+        modes = [(f"{k} letters", f"Write {some} in {k} letters only.", text) for k, text in cases.items()]
     else:
-        modes = [(f"{name} order", f"Put these in {name} order: {', '.join(some)}.", ", ".join(sorted(some, reverse=back))) for name, back in (("alphabetical", False), ("reverse alphabetical", True))]
+        orders = {"alphabetical": sorted(items[:n]), "reverse alphabetical": sorted(items[:n], reverse=True)}
+        modes = [(f"{k} order", f"Put these in {k} order: {some}.", ", ".join(o)) for k, o in orders.items()]
     (right, question, good), (wrong, _, bad) = r.sample(modes, 2)
-    return question, good, bad, dict(x=what, right=right, wrong=wrong), "constraint missed"
+    return question, good, bad, right, wrong, what, "constraint missed"
 
 
 def summaries(r):
     t = words()["summaries"]
     who, what, (cause, other) = r.choice(t["subjects"]), r.choice(t["measures"]), r.sample(t["causes"], 2)
-    low = r.randrange(110, 480, 10)
-    high = low + r.randrange(30, 200, 10)
-    up = r.random() < 0.5
-    a, b = (low, high) if up else (high, low)
-    verb, contrary = ("rose", "fell") if up else ("fell", "rose")
-    text = f"After {cause}, {what} at {who} {verb} from {a} to {b} within {r.choice(['a year', 'six months', 'two seasons'])}. The staff had expected something else."
-    kind = r.choice(["direction", "cause"])
-    shape = r.choice(["{w} at {s} {v} because of {c}.", "Because of {c}, {w} at {s} {v}.", "At {s}, {w} {v} after {c}."])
-    good = shape.format(w=what, s=who, v=verb, c=cause)
-    bad = shape.format(w=what, s=who, v=contrary if kind == "direction" else verb, c=cause if kind == "direction" else other)
+    verb, contrary = r.sample(["rose", "fell"], 2)
+    low, change = r.randrange(110, 480, 10), r.randrange(30, 200, 10)
+    a, b = (low, low + change) if verb == "rose" else (low + change, low)
+    text = f"After {cause}, {what} at {who} {verb} from {a} to {b} within {r.choice(t['periods'])}."
+    shape, kind = r.choice(t["shapes"]), r.choice(["direction", "cause"])
+    bad = {"v": contrary, "c": cause} if kind == "direction" else {"v": verb, "c": other}
+    good, bad = (shape.format(w=what, s=who, **said) for said in ({"v": verb, "c": cause}, bad))
     right, wrong = (f"{what} {verb}", f"{what} {contrary}") if kind == "direction" else (cause, other)
-    return f"Summarise in one sentence: {text}", good[0].upper() + good[1:], bad[0].upper() + bad[1:], dict(x=who, right=right, wrong=wrong), f"unfaithful {kind}"
+    question = f"Summarise in one sentence: {text} The staff had expected something else."
+    return question, good[0].upper() + good[1:], bad[0].upper() + bad[1:], right, wrong, who, f"unfaithful {kind}"
 
 
 def code(r):
-    one, f, two, g = r.choice(words()["code"])
-    v = r.choice(words()["variables"])
+    t = words()["code"]
+    one, f, two, g = r.choice(t["tasks"])
+    v, shape = r.choice(t["variables"]), r.choice(t["shapes"])
     (right, good), (wrong, bad) = r.sample([(one, f), (two, g)], 2)
-    shape = r.choice(["def solve({v}):\n    return {e}", "solve = lambda {v}: {e}", "def solve({v}):\n    result = {e}\n    return result"])
-    question = r.choice(["Write a Python function `solve({v})` that returns {t}.", "In Python: `solve({v})` should return {t}.", "I need a Python function solve that takes {v} and returns {t}."])
     texts = [shape.format(v=v, e=e.format(v=v)) for e in (good, bad)]
-    return question.format(v=v, t=right), *texts, dict(x=v, right=right, wrong=wrong), "bug"
+    return r.choice(t["questions"]).format(v=v, t=right), *texts, right, wrong, v, "bug"
 
 
 def tone(r):
@@ -99,41 +98,35 @@ def tone(r):
     one, two, f, g = r.choice(t["kinds"])
     who, what = r.choice(t["people"]), r.choice(t["messages"])
     (right, good), (wrong, bad) = r.sample([(one, f), (two, g)], 2)
-    question = r.choice(["Tell {w} in a {t} tone that {m}.", "Write a {t} message to {w}: {m}.", "I need a {t} note for {w}, saying that {m}."])
-    good, bad = (s.format(w=who, m=what) for s in (good, bad))
-    return question.format(w=who, t=right, m=what), good, bad, dict(x="the message", right=right, wrong=wrong), "wrong tone"
+    texts = [text.format(w=who, m=what) for text in (good, bad)]
+    return r.choice(t["questions"]).format(w=who, t=right, m=what), *texts, right, wrong, "the message", "wrong tone"
 
 
 def safety(r):
-    risky, harmless, helps = r.choice(words()["safety"])
-    refusal = r.choice(words()["refusals"])
-    prefix = r.choice(["", "Quick question. ", "Hello. ", "I need advice. ", "Please answer briefly. ", "One thing: ", "Maybe you know this. ", "It is a bit urgent. "])
-    kinds = [(risky, refusal, helps, "a refusal", "help with something harmful", "harmful help"),
-             (harmless, helps, refusal, "help with something harmless", "a needless refusal", "needless refusal")]  # fmt: skip
-    question, good, bad, right, wrong, flaw = r.choice(kinds)
-    return prefix + question, good, bad, dict(x="the request", right=right, wrong=wrong), flaw
+    t = words()["safety"]
+    risky, harmless, helps = r.choice(t["topics"])
+    opening, refusal = r.choice(t["openings"]), r.choice(t["refusals"])
+    if r.random() < 0.5:
+        return opening + risky, refusal, helps, "a refusal", "help with harm", "the request", "harmful help"
+    return opening + harmless, helps, refusal, "plain help", "a needless refusal", "the request", "needless refusal"
 
 
 def reasoning(r):
+    t = words()["reasoning"]
     if r.random() < 0.5:
-        a, b, c = r.sample(words()["names"], 3)
-        how = r.choice(words()["orders"])
-        most = r.random() < 0.5
-        right, wrong = (a, c) if most else (c, a)
-        end = f"the {'most' if most else 'least'} {how.removesuffix('er')} of the three"  # "most tall": simple, and the same for all
-        said = r.sample([f"{a} is {how} than {b}.", f"{b} is {how} than {c}."], 2)
-        shape = r.choice(["{n} stands at that end of the row, so it is {n}.", "Putting the three in a row shows that it is {n}.", "It must be {n}, with {b} in the middle."])
-        return f"{' '.join(said)} Who is {end}?", shape.format(n=right, b=b), shape.format(n=wrong, b=b), dict(x="the row", right=right, wrong=wrong), "invalid inference"
-    (kind, quality), name = r.choice(words()["kinds"]), r.choice(words()["names"])
-    valid = r.random() < 0.5
-    facts_ = f"All {kind} are {quality}. {name} has " + (f"one of the {kind}. Must it be {quality}?" if valid else f"a thing that is {quality}. Must it be one of the {kind}?")
-    shape = r.choice(["{v}. That is what the statements about {k} imply.", "{v}, if you look at what is said of {k}.", "The answer is {v}, given the rule on {k}."])
-    texts = {v: shape.format(v=v, k=kind) for v in ("yes", "no")}
-    right, wrong = ("yes", "no") if valid else ("no", "yes")
-    return facts_, texts[right], texts[wrong], dict(x=kind, right=right, wrong=wrong), "invalid inference"
+        (a, b, c), (more, most, least) = r.sample(t["names"], 3), r.choice(t["orders"])
+        (end, right), (_, wrong) = r.sample([(most, a), (least, c)], 2)
+        said, shape = r.sample([f"{a} is {more} than {b}.", f"{b} is {more} than {c}."], 2), r.choice(t["row"])
+        texts = [shape.format(n=n, b=b) for n in (right, wrong)]
+        return f"{' '.join(said)} Who is the {end}?", *texts, right, wrong, "the row", "invalid inference"
+    (kind, quality), name = r.choice(t["kinds"]), r.choice(t["names"])
+    shape, (right, wrong) = r.choice(t["rule"]), r.sample(["yes", "no"], 2)
+    seen, asked = (f"one of the {kind}", quality) if right == "yes" else (f"a thing that is {quality}", f"one of the {kind}")
+    question = f"All {kind} are {quality}. {name} has {seen}. Must it be {asked}?"
+    return question, *(shape.format(v=v, k=kind) for v in (right, wrong)), right, wrong, kind, "invalid inference"
 
 
-def format(r):  # noqa: A001 - the family's name
+def format(r):
     what = r.choice(list(words()["lists"]))
     items = r.sample(words()["lists"][what], r.randint(2, 4))
     shown = {
@@ -143,39 +136,39 @@ def format(r):  # noqa: A001 - the family's name
         "a single sentence": f"The {what} are {', '.join(items[:-1])} and {items[-1]}.",
         "a comma-separated line": ", ".join(items),
     }
-    right, wrong = r.sample(words()["formats"], 2)
-    question = r.choice(["Give me these {w} as {f}: {i}", "Format the {w} {i} as {f}.", "Please write {i} as {f}."])
-    return question.format(w=what, f=right, i=" ".join(items)), shown[right], shown[wrong], dict(x=what, right=right, wrong=wrong), "wrong format"
+    right, wrong = r.sample(list(shown), 2)
+    question = r.choice(words()["format"]["questions"]).format(w=what, f=right, i=" ".join(items))
+    return question, shown[right], shown[wrong], right, wrong, what, "wrong format"
 
 
 def relevance(r):
     t = words()["relevance"]
     x, (right, wrong) = r.choice(t["subjects"]), r.sample(list(t["aspects"]), 2)
-    question = r.choice(["How does {a} a {x} work?", "What should I know about {a} my {x}?", "I have a question on {a} a {x}: how is it done?"])
-    good, bad = (r.choice(t["aspects"][a]).format(x=x) for a in (right, wrong))
-    return question.format(a=right, x=x), good, bad, dict(x=x, right=right, wrong=wrong), "off topic"
+    texts = [r.choice(t["aspects"][a]).format(x=x) for a in (right, wrong)]
+    return r.choice(t["questions"]).format(a=right, x=x), *texts, right, wrong, x, "off topic"
 
 
 FAMILIES = [facts, arithmetic, instructions, summaries, code, tone, safety, reasoning, format, relevance]
 
 
-def generate(n: int = PAIRS, seed: int = SEED) -> list[PreferencePair]:
-    """`n` different pairs, equally many of each family; the same n and seed give the same pairs."""
-    pairs, seen, attempt = [], set(), 0
-    while len(pairs) < n:
+def fields(data_dir: Path | None = None, name: str = "controlled", n: int = PAIRS, seed: int = SEED):
+    """The fields of `n` different pairs, equally many of each family; no file is read. The same n and seed give the same."""
+    seen, attempt = set(), 0
+    while len(seen) < n:
+        if attempt > 100 * n + 1000:
+            raise ValueError(f"controlled: no {n} different pairs can be generated, only {len(seen)}")
         r = random.Random(fingerprint(seed, "controlled", attempt))
-        pair = _pair(r, FAMILIES[len(pairs) % len(FAMILIES)], f"controlled-{seed}-{len(pairs):05d}")
-        key = (pair.context[0]["content"], *sorted([pair.response_a, pair.response_b]))
+        found = _fields(r, FAMILIES[len(seen) % len(FAMILIES)], f"controlled-{seed}-{len(seen):05d}")
+        key = (found["group"], *sorted([found["response_a"], found["response_b"]]))
         attempt += 1
         if key not in seen:
             seen.add(key)
-            pairs.append(pair)
-    return pairs
+            yield found
 
 
-def _pair(r: random.Random, family, pair_id: str) -> PreferencePair:
-    """Laid out with the good response as A; `settle` then decides the side."""
-    question, good, bad, slots, flaw = family(r)
+def _fields(r: random.Random, family, pair_id: str) -> dict:
+    """The fields of one pair, laid out with the good response as A."""
+    question, good, bad, right, wrong, x, flaw = family(r)
     point = words()["points"][family.__name__]
     manners = [r.choice(list(words()["manners"])) for _ in range(2)]
     good, bad = (_dress(r, text, how) for text, how in zip((good, bad), manners))
@@ -185,37 +178,32 @@ def _pair(r: random.Random, family, pair_id: str) -> PreferencePair:
     ]  # fmt: skip
     said = {kind: r.sample(point[kind], len(point[kind])) for kind in ("blame", "praise")}
 
-    def say(kind, side):  # a wording that nobody has used for this pair; who errs sees right and wrong the other way round
-        erring = (kind == "praise") == (side == "B")
-        values = slots | ({"right": slots["wrong"], "wrong": slots["right"]} if erring else {})
-        return said[kind].pop().format(S=f"Response {side}", **values)
+    def say(kind: str, side: str) -> str:
+        """A wording that nobody has used for this pair. Who errs has right and wrong the other way round."""
+        ends = (right, wrong) if (kind == "blame") == (side == "B") else (wrong, right)
+        return said[kind].pop().format(S=f"Response {side}", x=x, right=ends[0], wrong=ends[1])
 
-    core = [{"text": say("blame", "B"), "side": "B", "polarity": -1}, {"text": say("praise", "A"), "side": "A", "polarity": 1}]
-    critiques = []
+    core = [{"text": say(kind, side), "side": side, "polarity": p} for kind, side, p in (("blame", "B", -1), ("praise", "A", 1))]
+    critiques, unused = [], [*nitpicks]
     for who in ("careful", "brief", "hasty"):
-        label = "B" if who == "hasty" and r.random() < ERR else "A"
-        other = "B" if label == "A" else "A"
+        label, other = ("B", "A") if who == "hasty" and r.random() < ERR else ("A", "B")
         main = [("blame", other), ("praise", label)]
         if who != "careful":
             main = [main[0] if r.random() < 0.7 else main[1]]
         texts = [say(*m) for m in main]
-        if who != "brief":
-            fitting = [p["text"] for p in nitpicks if (p["polarity"] > 0) == (p["side"] == label)]
-            texts.insert(r.randint(0, len(texts)), r.choice(fitting))
+        fitting = [p for p in unused if (p["polarity"] > 0) == (p["side"] == label)]
+        if who != "brief" and fitting:
+            unused.remove(nitpick := r.choice(fitting))
+            texts.insert(r.randint(0, len(texts)), nitpick["text"])
         lead = r.choice(words()["leads"]).format(S=f"Response {label}")
         critiques.append(HumanCritique(who, label, " ".join([lead, *texts]).strip()))
     meta = {"family": family.__name__, "flaw": flaw, "severity": point["severity"], "core": core, "nitpicks": nitpicks}
-    return settle(
-        PreferencePair(pair_id, "controlled", question, [{"role": "user", "content": question}], good, bad, "A", critiques, meta)
-    )
+    return {
+        "id": pair_id, "group": question, "context": [{"role": "user", "content": question}], "response_a": good,
+        "response_b": bad, "label": "A", "critiques": critiques, "meta": meta,
+    }  # fmt: skip
 
 
 def _dress(r: random.Random, text: str, how: str) -> str:
     extra = r.choice(words()["manners"][how]["texts"])
     return f"{extra}\n{text}" if how == "opener" else f"{text}\n{extra}".strip()
-
-
-def read(data_dir: Path | None = None, name: str = "controlled"):
-    """(pairs, their number, nothing refused): no file is read."""
-    pairs = generate()
-    return pairs, len(pairs), Counter()

@@ -56,7 +56,12 @@ def sha256(file: Path) -> str:
 def fetch(names=None, data_dir: str | Path = "data") -> dict[str, FetchError | None]:
     """Fetch `names` (default: all that stand in the manifest). Returns {source: None if complete, else its first error}."""
     names = list(names or [n for n in [*sources.PAIRS, *sources.ROWS] if n not in sources.HUB and sources.folders(n)])
-    jobs = [(n, folder, f) for n in names for folder in sources.folders(n) for f in sources.manifest().get(folder, {}).get("files", [])]
+    jobs = [
+        (n, folder, f)
+        for n in names
+        for folder in sources.folders(n)
+        for f in sources.manifest().get(folder, {}).get("files", [])
+    ]
     down: set[str] = set()  # hosts that did not answer: asked once, not once per file
     result: dict[str, FetchError | None] = dict.fromkeys(names)
     with tqdm(total=sum(f["bytes"] for *_, f in jobs), unit="B", unit_scale=True, desc="data", leave=False) as bar:
@@ -69,7 +74,9 @@ def fetch(names=None, data_dir: str | Path = "data") -> dict[str, FetchError | N
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                result[name] = DiskFullError(f"{Path(data_dir, f['path'])}: no space left on the disk; free {f['bytes']:,} bytes and run `make data` again")
+                result[name] = DiskFullError(
+                    f"{Path(data_dir, f['path'])}: no space left on the disk; free {f['bytes']:,} bytes and run `make data` again"
+                )
     for name in names:
         if name in sources.HUB:
             try:
@@ -106,7 +113,9 @@ def _one(folder: str, f: dict, data_dir: Path, down: set[str], bar) -> None:
 def _address(folder: str, f: dict) -> str:
     entry = sources.manifest()[folder]
     if "upstream_path" not in f or not entry["commit"]:
-        raise MissingFileError(f"{f['path']}: in no upstream, only in a mirror; set RMNLHF_MIRROR to a folder that has it")
+        raise MissingFileError(
+            f"{f['path']}: in no upstream, only in a mirror; set RMNLHF_MIRROR to a folder that has it"
+        )
     owner_repo = entry["upstream"].removeprefix("https://github.com/")
     return f"https://raw.githubusercontent.com/{owner_repo}/{entry['commit']}/{quote(f['upstream_path'])}"
 
@@ -124,7 +133,9 @@ def _download(url: str, part: Path, size: int, down: set[str], bar) -> None:
         with requests.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True,
                           timeout=(CONNECT_SECONDS, READ_SECONDS)) as r:  # fmt: skip
             if r.status_code in (404, 410):
-                raise MissingFileError(f"{url}: not there (HTTP {r.status_code}); the upstream moved it: use a mirror (RMNLHF_MIRROR)")
+                raise MissingFileError(
+                    f"{url}: not there (HTTP {r.status_code}); the upstream moved it: use a mirror (RMNLHF_MIRROR)"
+                )
             if r.status_code not in (200, 206):
                 raise UnreachableError(f"{url}: HTTP {r.status_code}; try again later or use a mirror (RMNLHF_MIRROR)")
             resumed = have and r.status_code == 206  # 200: the server sends it all again
@@ -150,7 +161,9 @@ def _hub(name: str, data_dir: Path) -> None:
         return
     try:
         sha = HfApi().dataset_info(spec["id"], revision=spec["revision"], timeout=CONNECT_SECONDS).sha
-        snapshot_download(spec["id"], repo_type="dataset", revision=sha, local_dir=data_dir / name, allow_patterns=[spec["files"]])
+        snapshot_download(
+            spec["id"], repo_type="dataset", revision=sha, local_dir=data_dir / name, allow_patterns=[spec["files"]]
+        )
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise DiskFullError(f"{data_dir / name}: no space left on the disk") from e
@@ -168,7 +181,9 @@ def main(argv=None) -> int:
     import argparse
 
     ap = argparse.ArgumentParser(description="Fetch the data sources, checked and resumable.")
-    ap.add_argument("names", nargs="*", metavar="name", help="sources; default: all except the hub's: " + ", ".join(sources.HUB))
+    ap.add_argument(
+        "names", nargs="*", metavar="name", help="sources; default: all except the hub's: " + ", ".join(sources.HUB)
+    )
     ap.add_argument("--data-dir", default="data")
     args = ap.parse_args(argv)
     for name in args.names:
@@ -177,5 +192,7 @@ def main(argv=None) -> int:
     for name, error in result.items():
         print(f"{name:20} {'ok' if error is None else f'NOT FETCHED: {error}'}")
     if not any(error is None for error in result.values()):
-        print("NO DATA: neither a mirror nor an upstream gave anything; everything runs on the generated pairs `controlled`.")
+        print(
+            "NO DATA: neither a mirror nor an upstream gave anything; everything runs on the generated pairs `controlled`."
+        )
     return int(any(isinstance(e, (ChecksumError, DiskFullError)) for e in result.values()))

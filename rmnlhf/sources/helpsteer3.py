@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 from rmnlhf import sources
-from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint, settle
+from rmnlhf.pairs import HumanCritique, fingerprint
 
 _NAME = re.compile(r"@?\bRes?[pon]{2,5}ses?\s*#?\s*([12])(?!\d)", re.IGNORECASE)
 _BETTER = re.compile(r"\bResponse (A|B) (?:is|was) (?:\w+ )?better\b")
 
 
 def normalise(text: str) -> str:
-    """"@Response 1" as "Response A"; texts that already say "Response A" stay."""
+    """ "@Response 1" as "Response A"; texts that already say "Response A" stay."""
     return _NAME.sub(lambda m: "Response " + "AB"[int(m[1]) - 1], text).strip()
 
 
@@ -33,25 +32,22 @@ def _critique(i: int, opinion: dict, label: str) -> HumanCritique | None:
     return HumanCritique(str(i), chosen, text) if text else None
 
 
-def read(data_dir: Path, name: str = "helpsteer3"):
-    """(pairs, rows, Counter of those refused)."""
-    pairs, count, refused = [], 0, Counter()
-    for split, row in sources.rows(name, data_dir):
-        count += 1
-        if not (preference := row["overall_preference"]):
-            refused["tie" if preference == 0 else "no preference"] += 1
+def fields(data_dir: Path, name: str):
+    """For each row: the fields of its pair, or "tie" / "no preference"."""
+    for number, (split, row) in enumerate(sources.rows(name, data_dir)):
+        preference = row["overall_preference"]
+        if not preference:
+            yield "tie" if preference == 0 else "no preference"
             continue
         label = "A" if preference < 0 else "B"
         critiques = [_critique(i, o, label) for i, o in enumerate(row.get("individual_preference") or [])]
-        meta = {"domain": row["domain"], "language": row["language"], "strength": abs(preference), "split": split}
-        group = f"{fingerprint(json.dumps(row['context'])):016x}"
-        try:
-            pair = PreferencePair(
-                f"{name}-{split}-{count:05d}", name, group, row["context"], row["response1"], row["response2"], label,
-                [c for c in critiques if c], meta,
-            )  # fmt: skip
-        except ValueError as e:
-            refused[str(e).split(": ", 1)[1]] += 1
-        else:
-            pairs.append(settle(pair))
-    return pairs, count, refused
+        yield {
+            "id": f"{name}-{split}-{number:05d}",
+            "group": f"{fingerprint(json.dumps(row['context'])):016x}",  # one conversation
+            "context": row["context"],
+            "response_a": row["response1"],
+            "response_b": row["response2"],
+            "label": label,
+            "critiques": [c for c in critiques if c],
+            "meta": {"domain": row["domain"], "language": row["language"], "strength": abs(preference), "split": split},
+        }

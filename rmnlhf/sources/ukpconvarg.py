@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections import Counter
 from pathlib import Path
 
-from rmnlhf.pairs import HumanCritique, PreferencePair, settle
+from rmnlhf.pairs import HumanCritique
 
 # Habernal & Gurevych 2016, figure 1, in the short form of Wachsmuth et al. (ACL 2017), table 2
 CODES = {
@@ -64,41 +63,38 @@ def _codes(folder: Path) -> dict[str, list[str]]:
     return out
 
 
-def read(data_dir: Path, name: str = "ukpconvarg"):
-    """(pairs, annotated pairs in the XML files, Counter of those left out): ties and pairs without a gold label."""
+def fields(data_dir: Path, name: str):
+    """For each annotated pair: its fields, or why it is left out (tie, no gold label)."""
     codes = _codes(data_dir / "ukpconvarg2" / "csv")
-    pairs, rows, refused = [], 0, Counter()
     for file in sorted((data_dir / "ukpconvarg1" / "full-xml").glob("*.xml")):
         for node in ET.parse(file).getroot():
-            rows += 1
             gold = node.findtext("goldLabel")
-            if gold not in ("a1", "a2"):
-                refused["tie" if gold == "equal" else "no gold label"] += 1
-                continue
-            pairs.append(_pair(node, gold, codes))
-    return pairs, rows, refused
+            yield _fields(node, gold, codes) if gold in ("a1", "a2") else "tie" if gold == "equal" else "no gold label"
 
 
-def _pair(node, gold: str, codes: dict) -> PreferencePair:
+def _fields(node, gold: str, codes: dict) -> dict:
     label = {"a1": "A", "a2": "B", "equal": None}
     pair_id, title, stance = node.findtext("id"), node.findtext("debateMetaData/title"), node.findtext("arg1/stance")
-    works = [*node.iter("mTurkAssignment")]
-    meta = {
-        "pair_id": pair_id, "debate": title, "stance": stance,
-        "competence": {w.findtext("turkID"): float(w.findtext("turkCompetence")) for w in works},
-    }  # fmt: skip
+    workers = [(w.findtext("turkID"), w) for w in node.iter("mTurkAssignment")]
+    meta = {"pair_id": pair_id, "debate": title, "stance": stance}
+    meta["competence"] = {who: float(w.findtext("turkCompetence")) for who, w in workers}
     if pair_id in codes:
         meta["reason_codes"] = codes[pair_id]
     critiques = [
-        HumanCritique(w.findtext("turkID"), label[w.findtext("value")], normalise(w.findtext("reason") or "")) for w in works
+        HumanCritique(who, label[w.findtext("value")], text)
+        for who, w in workers
+        if (text := normalise(w.findtext("reason") or ""))
     ]
-    critiques = [c for c in critiques if c.text]
     if not any(c.label == label[gold] for c in critiques):
         meta["no_agreeing"] = "no worker chose the gold label with a written reason"
-    question = f'Debate: {title}\nStance: {stance}\nWrite an argument for this stance that convinces.'
-    return settle(
-        PreferencePair(
-            f"ukpconvarg-{pair_id}", "ukpconvarg", title, [{"role": "user", "content": question}],
-            node.findtext("arg1/text"), node.findtext("arg2/text"), label[gold], critiques, meta,
-        )  # fmt: skip
-    )
+    question = f"Debate: {title}\nStance: {stance}\nWrite an argument for this stance that convinces."
+    return {
+        "id": f"ukpconvarg-{pair_id}",
+        "group": title,  # both stances of a debate
+        "context": [{"role": "user", "content": question}],
+        "response_a": node.findtext("arg1/text"),
+        "response_b": node.findtext("arg2/text"),
+        "label": label[gold],
+        "critiques": critiques,
+        "meta": meta,
+    }
