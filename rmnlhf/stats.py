@@ -31,10 +31,10 @@ def interval(values, groups=None, n: int = 2000, level: float = 0.95, seed: int 
 
     Percentiles are widened for few groups (Hesterberg 2015, "expanded percentile"): the plain ones are too narrow by
     sqrt((C-1)/C) and take the normal where the t distribution belongs. They are read off the mid-distribution function: the
-    bootstrap of a share moves in steps, and a whole step on either side would make its interval too wide. Strongly
-    skewed values in few groups stay short of the level (30 exponential draws: about 91 of 100). Where all values are 0 or all are 1 a bootstrap
-    would claim certainty: the open side is then Clopper-Pearson's, with C groups. No value: (nan, nan, nan); one group
-    says nothing about groups: (mean, nan, nan)."""
+    bootstrap of a share moves in steps, and a whole step on either side would make its interval too wide. Strongly skewed
+    values in few groups stay short of the level (30 exponential draws: about 91 of 100). Where all values are 0 or all are 1
+    a bootstrap would claim certainty: the open side is then Clopper-Pearson's, with C groups. No value: (nan, nan, nan); one
+    group says nothing about groups: (mean, nan, nan)."""
     sums, counts = _clusters(values, groups)
     mean, low, high = _bootstrap(sums, counts, n, level, seed)
     if low == high and mean in (0, 1):

@@ -97,8 +97,9 @@ def evaluate(
         pairs_.write_jsonl(out, [{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     columns = ["id", "group", "source", "order", "label", "longer", "verdict", "correct", "error", "critique", "text", "tokens",
                "seconds", "votes", "precision", "recall", "f1", "inconsistent", "arguments", "reference", "matches"]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.astype({c: float for c in ("correct", "precision", "recall", "f1", "inconsistent")})
+    frame = pd.DataFrame([dict.fromkeys(columns) | row for row in rows], columns=columns, dtype=object)  # None stays None
+    numbers = ("correct", "tokens", "seconds", "precision", "recall", "f1", "inconsistent")
+    return frame.astype(dict.fromkeys(numbers, float))
 
 
 def judge(model, tokenizer, pairs: list[PreferencePair], params, orders=ORDERS, votes: int = 1, cache=CACHE) -> dict[str, list[Judgement]]:
