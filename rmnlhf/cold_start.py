@@ -1,0 +1,258 @@
+"""Supervised start of a small policy: human critiques of the training split, in the judgement format (notebook 03).
+
+A target is "Response A is better. <an annotator's reason>" and the choice: the verdict stands at one known token, which
+carries more weight than the others, and the reason follows it. Pairs whose critiques are hidden give that token alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from . import grm, policy
+from .pairs import OTHER, PreferencePair, fingerprint
+
+log = logging.getLogger(__name__)
+WINDOW = 16  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the completions that share it: [(token ids, weight of each)]."""
+
+    prompt: list[int]
+    completions: list[tuple[list[int], list[float]]]
+
+
+def lead(label: str) -> str:
+    """The sentence that every target begins with."""
+    return f"Response {label} is better. "
+
+
+def example(pair: PreferencePair, swap: bool, tokenizer, params) -> Example:
+    """Tokens and weights of one pair in one order; without critiques the target ends at the verdict's token."""
+    c, shown = params.cold_start, pair.swapped() if swap else pair
+    prompt = grm.encode_prompt(pair, tokenizer, params.policy.max_prompt, swap, params.grm.think)
+    chosen = sorted(shown.agreeing, key=lambda h: fingerprint(pair.id, swap, h.annotator))[: c.critiques_per_pair]
+    completions = []
+    for critique in [" ".join(h.text.split()) for h in chosen] or [None]:
+        text = grm.format_judgement(lead(shown.label) + (critique or ""), shown.label)
+        enc = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        at = text.index(lead(shown.label).strip()) + len("Response ")
+        side = next(i for i, (start, end) in enumerate(enc["offset_mapping"]) if start <= at < end)
+        ids = enc["input_ids"][: params.policy.max_completion - 1] + [tokenizer.eos_token_id] if critique else enc["input_ids"][: side + 1]
+        if critique and len(enc["input_ids"]) >= params.policy.max_completion:
+            continue  # a cut target would teach to stop before the choice
+        weights = [1.0] * len(ids)
+        weights[side] = c.verdict_weight
+        completions.append((ids, weights))
+    return Example(prompt, completions)
+
+
+def pack(examples: list[Example], pad: int, multiple: int = 32) -> dict[str, torch.Tensor]:
+    """One row an example, [prompt | c1 | … | cN], each completion seeing the prompt and itself (axes: B rows, S positions, T targets).
+
+    ids_B_S, positions_B_S, seen_B_S_S (bool); row_T and column_T say which hidden state predicts target_T; weight_T."""
+    lengths = [len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples]
+    width = -(-max(lengths) // multiple) * multiple
+    ids = torch.full((len(examples), width), pad)
+    positions, segment = torch.zeros_like(ids), torch.full_like(ids, -1)
+    row, column, target, weight = [], [], [], []
+    for b, e in enumerate(examples):
+        start = len(e.prompt)
+        ids[b, :start], segment[b, :start], positions[b, :start] = torch.tensor(e.prompt), 0, torch.arange(start)
+        for k, (tokens, weights) in enumerate(e.completions, 1):
+            end = start + len(tokens)
+            ids[b, start:end], segment[b, start:end] = torch.tensor(tokens), k
+            positions[b, start:end] = torch.arange(len(e.prompt), len(e.prompt) + len(tokens))
+            row += [b] * len(tokens)
+            column += [len(e.prompt) - 1, *range(start, end - 1)]
+            target += tokens
+            weight += [w / len(e.completions) for w in weights]
+            start = end
+    order = torch.arange(width)
+    seen = (order[:, None] >= order) & ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None]))
+    seen &= (segment >= 0)[:, None]
+    seen |= torch.eye(width, dtype=torch.bool)  # padding sees itself: no empty softmax
+    return {
+        "ids_B_S": ids, "positions_B_S": positions, "seen_B_S_S": seen, "row_T": torch.tensor(row),
+        "column_T": torch.tensor(column), "target_T": torch.tensor(target), "weight_T": torch.tensor(weight),
+    }  # fmt: skip
+
+
+def logits(model, packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(T, vocabulary) in fp32, made where a target stands and nowhere else."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device, dtype = causal.device, causal.dtype
+    seen = packed["seen_B_S_S"][:, None].to(device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+    hidden = causal.model(
+        input_ids=packed["ids_B_S"].to(device), position_ids=packed["positions_B_S"].to(device), attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return causal.lm_head(hidden[packed["row_T"].to(device), packed["column_T"].to(device)]).float()
+
+
+def loss(model, packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Weighted mean cross-entropy of the targets."""
+    weight = packed["weight_T"].to(model.device)
+    entropy = F.cross_entropy(logits(model, packed), packed["target_T"].to(model.device), reduction="none")
+    return (entropy * weight).sum() / weight.sum()
+
+
+def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
+    """Every pair in both orders, shuffled by hash, then sorted by length within windows of `WINDOW` batches."""
+    shuffled = sorted(((p, s) for p in pairs for s in (False, True)), key=lambda x: fingerprint(seed, x[0].id, x[1]))
+    out, size = [], batch * WINDOW
+    for start in range(0, len(shuffled), size):
+        window = sorted(shuffled[start : start + size], key=lambda x: len(x[0].response_a) + len(x[0].response_b))
+        batches = [window[i : i + batch] for i in range(0, len(window), batch)]
+        batches.sort(key=lambda b: fingerprint(seed, start, b[0][0].id, b[0][1]))
+        out += [x for b in batches for x in b]
+    return out
+
+
+def training_pairs(splits, params, extra: dict[str, list[PreferencePair]] | None = None) -> list[PreferencePair]:
+    """The pairs to learn from: the training split, hidden pairs for their verdicts, and `extra` sources in their shares.
+
+    extra: {"controlled": pairs, "mr_ben": pairs}, cut to `cold_start.controlled_share` and `.mr_ben_share` of the whole."""
+    c = params.cold_start
+    pairs = splits.train + splits.hidden
+    shares = {"controlled": c.controlled_share, "mr_ben": c.mr_ben_share}
+    own = 1 - sum(shares.values())
+    for name, share in shares.items():
+        if share:
+            wanted = int(len(pairs) * share / own) if own else len((extra or {})[name])
+            pairs = pairs + sorted((extra or {})[name], key=lambda p: fingerprint(params.seed, p.id))[:wanted]
+    return pairs if own else pairs[len(splits.train + splits.hidden) :]
+
+
+def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/cold_start") -> Path:
+    """The run folder with the cold start's `adapter/`: `cold_start.adapter`, trained for `cold_start.steps` more steps.
+
+    trl's SFTTrainer on packed rows; continues from its last checkpoint. Raises ValueError where no pair can be used."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTConfig, SFTTrainer
+
+    c, out = params.cold_start, Path(out)
+    given = verify(c.adapter) if c.adapter else None
+    recipe = {"params": params.model_dump(include={"policy", "cold_start", "grm", "seed"}), "pairs": fingerprint(*(p.id for p in pairs))}
+    done = out / "recipe.json"
+    if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(recipe)):
+        log.info("%s holds the cold start of these parameters already", out)
+        return out
+    _restart_if_changed(out, recipe)
+    if not c.steps:
+        if given is None:
+            raise ValueError("cold_start has neither an adapter nor steps: set one, or cold_start.enabled to false")
+        import shutil
+
+        shutil.copytree(given, out / "adapter", dirs_exist_ok=True)
+        _write(done, recipe)
+        return out
+    rows = order(pairs, c.batch_pairs, params.seed)
+    if not rows:
+        raise ValueError("the cold start has no training pair: see the counts of 00_data, data.max_chars and data.max_train")
+    model, tokenizer = policy.load(params, given, trainable=True)
+    model.print_trainable_parameters()
+
+    def collate(features):
+        examples = [example(*rows[f["row"] % len(rows)], tokenizer, params) for f in features]
+        return pack([e for e in examples if e.completions] or examples[:1], tokenizer.pad_token_id)
+
+    class PackedSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return loss(self.accelerator.unwrap_model(model), inputs)
+
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    args = SFTConfig(
+        output_dir=str(out / "checkpoints"), max_steps=c.steps, per_device_train_batch_size=c.batch_pairs, learning_rate=c.lr,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05}, warmup_steps=min(20, c.steps // 5),
+        weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=not torch.cuda.is_available(), seed=params.seed, logging_steps=5,
+        save_steps=25, save_total_limit=2, report_to="none", remove_unused_columns=False, dataloader_num_workers=0,
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, disable_tqdm=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = PackedSFTTrainer(
+        model, args, train_dataset=Dataset.from_dict({"row": range(c.steps * c.batch_pairs)}), data_collator=collate,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _write_adapter(model, out / "adapter")
+    log_rows = [r for r in trainer.state.log_history if "loss" in r]
+    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": r["step"], "loss": r["loss"], "lr": r["learning_rate"]}) + "\n" for r in log_rows))
+    _write(done, recipe)
+    return out
+
+
+def _restart_if_changed(out: Path, recipe: dict):
+    """A run folder of other parameters is not continued."""
+    import shutil
+
+    started = out / "started.json"
+    if started.exists() and json.loads(started.read_text()) != json.loads(json.dumps(recipe)):
+        log.warning("%s was made with other parameters: starting anew", out)
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(started, recipe)
+
+
+def _write(path: Path, content: dict):
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _write_adapter(model, folder: Path):
+    """The adapter in bf16: half the size, and the policy's own precision."""
+    state = {n: w for n, w in model.named_parameters() if w.requires_grad}
+    for weight in state.values():
+        weight.data = weight.data.to(torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def verify(folder: str | Path) -> Path:
+    """A shipped adapter's folder, after its files' checksums (SHA256SUMS) were compared.
+
+    Raises FileNotFoundError or ValueError naming the file."""
+    import hashlib
+
+    folder = Path(folder) if Path(folder).is_absolute() else policy.ROOT / folder
+    sums = folder / "SHA256SUMS"
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no adapter: correct cold_start.adapter, or set it to null to train one")
+    for line in sums.read_text().splitlines() if sums.exists() else []:
+        wanted, name = re.split(r"\s+", line.strip(), maxsplit=1)
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
+            raise ValueError(f"{folder / name}: sha256 differs from SHA256SUMS: fetch it again (git checkout -- {folder.name})")
+    return folder
+
+
+@torch.no_grad()
+def margins(model, tokenizer, pairs: list[PreferencePair], params, batch: int = 8):
+    """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling, one token each."""
+    import numpy as np
+
+    out = np.zeros((len(pairs), 2))
+    a, b = (tokenizer.encode(f" {side}", add_special_tokens=False)[0] for side in OTHER)
+    todo = [(i, s) for i in range(len(pairs)) for s in (False, True)]
+    todo.sort(key=lambda x: -len(pairs[x[0]].response_a + pairs[x[0]].response_b))
+    for start in tqdm(range(0, len(todo), batch), desc="verdict margins", disable=len(todo) < 64):
+        chunk = todo[start : start + batch]
+        packed = pack([example(replace(pairs[i], critiques=[]), s, tokenizer, params) for i, s in chunk], tokenizer.pad_token_id)
+        last = torch.tensor([torch.nonzero(packed["row_T"] == k).max() for k in range(len(chunk))])
+        at = logits(model, {**packed, **{k: packed[k][last] for k in ("row_T", "column_T")}})
+        for k, (i, s) in enumerate(chunk):
+            out[i, int(s)] = (at[k, a] - at[k, b]).item()
+    return out

@@ -1,0 +1,141 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rmnlhf import ROOT, cold_start, grm, params, policy
+from rmnlhf.pairs import HumanCritique, PreferencePair
+
+
+def pair(i, label="A", critiques=2):
+    good, bad = f"Water boils at {i + 90} degrees because the pressure is low.", "No idea, ask somebody else."
+    a, b = (good, bad) if label == "A" else (bad, good)
+    said = [HumanCritique(f"w{k}", label, f"Response {label} explains the cause, reason {k}.") for k in range(critiques)]
+    return PreferencePair(f"p{i}", "own", f"g{i}", [{"role": "user", "content": f"When does water boil at {i} km?"}], a, b, label, said)
+
+
+@pytest.fixture(scope="module")
+def P():
+    return params.load(ROOT / "params.yaml", "smoke", ["cold_start.adapter=null", "cold_start.critiques_per_pair=2", "cold_start.batch_pairs=2", "policy.rank=2"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(policy.prepare("smollm2-135m"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_target_says_what_the_parser_reads_and_weighs_the_verdict(P, tokenizer):
+    for swap, side in ((False, "A"), (True, "B")):
+        e = cold_start.example(pair(1), swap, tokenizer, P)
+        assert len(e.completions) == 2
+        for ids, weights in e.completions:
+            assert ids[-1] == tokenizer.eos_token_id
+            judgement = grm.parse_judgement(tokenizer.decode(ids[:-1]))
+            assert judgement.verdict == side and f"Response {side} explains" in judgement.critique
+            heavy = [tokenizer.decode([t]) for t, w in zip(ids, weights) if w == P.cold_start.verdict_weight]
+            assert heavy == [f" {side}"]
+
+
+def test_without_critiques_only_the_verdict_is_learnt(P, tokenizer):
+    ((ids, weights),) = cold_start.example(pair(1, critiques=0), False, tokenizer, P).completions
+    assert tokenizer.decode(ids) == "<critics>Response A" and weights[-1] == P.cold_start.verdict_weight
+
+
+def test_packing_gives_the_loss_of_separate_rows(P, tokenizer, tiny):
+    examples = [cold_start.example(pair(i, "AB"[i % 2]), False, tokenizer, P) for i in range(3)]
+    together = cold_start.logits(tiny, cold_start.pack(examples, tokenizer.pad_token_id))
+    alone = []
+    for e in examples:
+        for ids, _ in e.completions:
+            row = torch.tensor([e.prompt + ids])
+            alone.append(tiny(row).logits[0, len(e.prompt) - 1 : -1])
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+
+
+def test_margins_are_those_of_the_plain_model(P, tokenizer, tiny):
+    pairs = [pair(i) for i in range(3)]
+    found = cold_start.margins(tiny, tokenizer, pairs, P, batch=2)
+    a, b = (tokenizer.encode(f" {s}", add_special_tokens=False)[0] for s in "AB")
+    for i, p in enumerate(pairs):
+        for swap in (False, True):
+            ids = grm.encode_prompt(p, tokenizer, P.policy.max_prompt, swap) + tokenizer.encode("<critics>Response", add_special_tokens=False)
+            at = tiny(torch.tensor([ids])).logits[0, -1]
+            assert np.isclose(found[i, int(swap)], (at[a] - at[b]).item(), atol=1e-4)
+
+
+def test_order_holds_every_pair_in_both_orders_once(P):
+    pairs = [pair(i) for i in range(37)]
+    rows = cold_start.order(pairs, 4, seed=1)
+    assert sorted((p.id, s) for p, s in rows) == sorted((p.id, s) for p in pairs for s in (False, True))
+    assert rows == cold_start.order(pairs[::-1], 4, seed=1)
+
+
+def test_shares_of_other_sources(P):
+    from rmnlhf.splits import Splits
+
+    s = Splits([pair(i) for i in range(30)], [], [], {}, {}, "own")
+    extra = {"controlled": [pair(100 + i) for i in range(40)], "mr_ben": []}
+    P2 = params.load(ROOT / "params.yaml", "smoke", ["cold_start.controlled_share=0.25"])
+    assert len(cold_start.training_pairs(s, P2, extra)) == 40
+    assert cold_start.training_pairs(s, P, extra) == s.train
+
+
+def test_a_changed_adapter_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cold_start.adapter"):
+        cold_start.verify(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "SHA256SUMS").write_text(hashlib.sha256(b"{}").hexdigest() + "  adapter_config.json\n")
+    assert cold_start.verify(tmp_path) == tmp_path
+    (tmp_path / "adapter_config.json").write_text('{"r": 9}')
+    with pytest.raises(ValueError, match="sha256 differs"):
+        cold_start.verify(tmp_path)
+
+
+def test_training_lowers_the_loss_resumes_and_is_done_once(P, tmp_path, monkeypatch, tokenizer, tiny):
+    """On a tiny model: trained in one go and in two halves, the adapter is the same."""
+    from peft import LoraConfig, get_peft_model
+
+    def load(*args, **kwargs):
+        torch.manual_seed(3)
+        model = LlamaForCausalLM(tiny.config)
+        model.load_state_dict(tiny.state_dict())
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")), tokenizer
+
+    monkeypatch.setattr(policy, "load", load)
+    P = params.load(ROOT / "params.yaml", "smoke", ["cold_start.adapter=null", "cold_start.steps=30", "cold_start.batch_pairs=2", "cold_start.lr=0.01"])
+    pairs = [pair(i, "AB"[i % 2]) for i in range(12)]
+    whole = cold_start.train(P, pairs, tmp_path / "whole")
+    curve = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] < curve[0]
+
+    real, calls = cold_start.loss, []
+
+    def dies(model, packed):
+        calls.append(1)
+        if len(calls) == 28:
+            raise KeyboardInterrupt
+        return real(model, packed)
+
+    monkeypatch.setattr(cold_start, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cold_start.train(P, pairs, tmp_path / "halves")
+    cold_start.train(P, pairs, tmp_path / "halves")
+    assert 28 < len(calls) < 40  # continued from step 25, not from the start
+    names = ["whole", "halves"]
+    one, two = ((tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in names)
+    assert one == two
+    before = len(calls)
+    cold_start.train(P, pairs, tmp_path / "halves")
+    assert len(calls) == before  # done: not trained again
