@@ -2,10 +2,10 @@
 
 Roles of a source with human critiques, by group (debate, question), so that no group stands on two sides:
   train   critiques are seen
-  hidden  the same kind of pairs with the critiques taken away: what MetaRM must generalise to; `hidden_truth` keeps them
+  hidden  such pairs with the critiques taken away, for MetaRM to generalise to; `hidden_truth` keeps the critiques
   unseen  evaluation
-A source that marks its own split (meta["split"] == "validation") keeps it. Where `data.plain_sources` gives pairs without
-critiques, they are the hidden part and all training groups of the critique sources are seen.
+A source that marks its own split (meta["split"] == "validation") keeps it. Where `data.plain_sources` gives pairs
+without critiques, they are the hidden part and all training groups of the critique sources are seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from pathlib import Path
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
 
 from rmnlhf import pairs as pairs_
 from rmnlhf import sources
@@ -71,7 +75,11 @@ def make(params) -> Splits:
     evaluation = {name: alternate(members, seed)[: d.max_eval] for name, members in evaluation.items()}
 
     left_out = Counter()
+    judged = {_key(p) for members in evaluation.values() for p in members}
     for role in ("train", "hidden"):
+        clean = [p for p in roles[role] if _key(p) not in judged]
+        left_out[f"{role}: the same pair stands in an evaluation set"] = len(roles[role]) - len(clean)
+        roles[role] = clean
         fits = [p for p in roles[role] if max(len(p.response_a), len(p.response_b)) <= d.max_chars]
         left_out[f"{role}: a response over {d.max_chars} characters"] = len(roles[role]) - len(fits)
         kept = balanced(fits, seed) if d.balance == "length" else by_hash(fits, seed)
@@ -189,62 +197,86 @@ def load(folder: str | Path = "results/splits") -> Splits:
     )  # fmt: skip
 
 
-# --- leakage -------------------------------------------------------------------------------------------------------
+def shortcuts(members: list[PreferencePair], seed: int = 7, most: int = 3000) -> dict[str, np.ndarray]:
+    """{shortcut: right_N (1, 0; 0.5 where it cannot say)}: what a judge gets who does not read the question.
+
+    "bag of words": logistic regression on the difference of both responses' word counts, predicted for groups that it was
+    not fitted on (up to five folds), on at most `most` pairs in hash order; left out where there are too few groups."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+
+    members = by_hash(members, seed)[:most]
+    is_a = np.array([p.label == "A" for p in members])
+    groups = [p.group for p in members]
+    out = {
+        "longer wins": np.array([0.5 if p.longer is None else float(p.longer == p.label) for p in members]),
+        "first wins": is_a.astype(float),
+    }
+    if len(set(groups)) >= 5 and len(members) >= 50:
+        counts = CountVectorizer(token_pattern=r"\S+", min_df=2).fit_transform(
+            [p.response_a for p in members] + [p.response_b for p in members]
+        )
+        features = counts[: len(members)] - counts[len(members) :]
+        model = LogisticRegression(C=0.1, max_iter=1000, fit_intercept=False)
+        guess = cross_val_predict(model, features, is_a, groups=groups, cv=GroupKFold(5))
+        out["bag of words"] = (guess == is_a).astype(float)
+    return out
+
+
+# --- leakage ---------------------------------------------------------------------------------------------------------
 SHINGLE = 5  # characters
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\W+", " ", text.lower()).strip()
-
-
-def _unit(pair: PreferencePair, unit: str) -> list[str]:
+def _units(pair: PreferencePair, unit: str) -> set[str]:
+    """The texts compared, without case, punctuation and blanks."""
     prompt = " ".join(t["content"] for t in pair.context)
-    if unit == "prompt":
-        return [prompt]
-    if unit == "response":
-        return [pair.response_a, pair.response_b]
-    return ["\n".join([prompt, *sorted([pair.response_a, pair.response_b])])]
+    sides = sorted([pair.response_a, pair.response_b])
+    texts = {"pair": ["\n".join([prompt, *sides])], "prompt": [prompt], "response": sides}[unit]
+    return {re.sub(r"\W+", " ", t.lower()).strip() for t in texts}
+
+
+def _key(pair: PreferencePair) -> str:
+    return _units(pair, "pair").pop()
+
+
+def _shingles(text: str) -> set[int]:
+    return {zlib.crc32(text[i : i + SHINGLE].encode()) for i in range(max(1, len(text) - SHINGLE + 1))}
+
+
+@lru_cache(maxsize=50_000)
+def _sketch(text: str) -> MinHash:
+    sketch = MinHash(num_perm=128, hashfunc=int)
+    sketch.update_batch(list(_shingles(text)))
+    return sketch
 
 
 def leakage(train, evaluation, unit: str = "pair", threshold: float = 0.6) -> dict[str, list[tuple[str, str, float]]]:
     """Training pairs that stand, exactly or nearly, in an evaluation set.
 
     unit: "pair" (prompt and both responses, in either order), "prompt" or "response" (either one)
-    returns {"exact": [(train id, evaluation id, 1.0)], "near": [(train id, evaluation id, Jaccard)]}: for each training pair
-    its best match. Exact = equal but for case, punctuation and blanks. Near = Jaccard similarity of 5-character shingles
-    >= threshold; candidates come from MinHash-LSH (128 permutations), then the similarity is computed in full."""
-    from datasketch import MinHash, MinHashLSH
+    returns {"exact" | "near": [(training id, evaluation id, Jaccard similarity)]}, for each training pair its best match
 
-    def shingles(text):
-        return {zlib.crc32(text[i : i + SHINGLE].encode()) for i in range(max(1, len(text) - SHINGLE + 1))}
-
-    def sketch(grams):
-        m = MinHash(num_perm=128, hashfunc=int)
-        m.update_batch(list(grams))
-        return m
-
-    index, sets, texts, owner = MinHashLSH(num_perm=128, params=(32, 4)), [], {}, []
+    Exact: equal but for case, punctuation and blanks. Near: Jaccard similarity of 5-character shingles >= `threshold`;
+    candidates come from MinHash-LSH (128 permutations, 32 bands of 4), then the similarity is computed in full."""
+    index, texts, owner = MinHashLSH(num_perm=128, params=(32, 4)), [], {}
     for pair in evaluation:
-        for text in {_plain(t) for t in _unit(pair, unit)}:
-            if text in texts:
-                continue
-            texts[text] = pair.id
-            index.insert(len(sets), sketch(grams := shingles(text)))
-            sets.append(grams)
-            owner.append(pair.id)
+        for text in _units(pair, unit) - owner.keys():
+            owner[text] = pair.id
+            index.insert(len(texts), _sketch(text))
+            texts.append(text)
+
+    @cache
+    def best(text: str) -> tuple[float, str]:
+        if text in owner:
+            return 2.0, owner[text]  # more than any similarity
+        grams = _shingles(text)
+        near = [(len(grams & (g := _shingles(texts[i]))) / len(grams | g), owner[texts[i]]) for i in index.query(_sketch(text))]
+        return max(near, default=(0.0, ""))
+
     found = {"exact": [], "near": []}
     for pair in train:
-        best = ("", 0.0)
-        for text in {_plain(t) for t in _unit(pair, unit)}:
-            if text in texts:
-                best = (texts[text], 2.0)
-                break
-            grams = shingles(text)
-            for i in index.query(sketch(grams)):
-                score = len(grams & sets[i]) / len(grams | sets[i])
-                best = max(best, (owner[i], score), key=lambda b: b[1])
-        if best[1] == 2.0:
-            found["exact"].append((pair.id, best[0], 1.0))
-        elif best[1] >= threshold:
-            found["near"].append((pair.id, best[0], best[1]))
+        score, match = max(best(text) for text in _units(pair, unit))
+        if score >= threshold:
+            found["exact" if score == 2 else "near"].append((pair.id, match, min(score, 1.0)))
     return found

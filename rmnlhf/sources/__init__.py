@@ -112,7 +112,7 @@ def _require(name: str, data_dir) -> None:
 def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
     """All usable pairs of a source, in its own order; `read` also says what was left out, and why.
 
-    Raises KeyError for an unknown name, FileNotFoundError (what to do is in the message) where its files are missing."""
+    Raises KeyError for an unknown name, FileNotFoundError (its message says what to do) where files are missing."""
     if name not in PAIRS:
         raise KeyError(f"no pairs in {name!r}; sources of pairs: {', '.join(PAIRS)}")
     return read(name, data_dir)[0]
@@ -121,11 +121,17 @@ def load(name: str, data_dir: str | Path = "data") -> list[PreferencePair]:
 def read(name: str, data_dir: str | Path = "data") -> tuple[list[PreferencePair], int, Counter]:
     """(pairs, rows read, Counter of refused rows by reason) of a source; len(pairs) + refused == rows.
 
-    A source's module yields, for each row, the fields of a pair (as found: `settle` decides the order) or why it is none."""
+    A source's module yields, for each row, the fields of a pair (`settle` then decides the order) or why it is none."""
     _require(name, data_dir)
+    pairs, refused = _read(name, Path(data_dir).resolve())
+    return list(pairs), len(pairs) + sum(refused.values()), Counter(refused)
+
+
+@cache
+def _read(name: str, data_dir: Path) -> tuple[list[PreferencePair], Counter]:
     module = import_module(f"rmnlhf.sources.{MODULES.get(name, name)}")
     pairs, refused = [], Counter()
-    for fields in module.fields(Path(data_dir), name):
+    for fields in module.fields(data_dir, name):
         try:
             if isinstance(fields, dict):
                 pairs.append(settle(PreferencePair(source=name, **fields)))
@@ -133,4 +139,4 @@ def read(name: str, data_dir: str | Path = "data") -> tuple[list[PreferencePair]
                 refused[fields] += 1
         except ValueError as e:
             refused[str(e).split("': ", 1)[-1]] += 1  # without the id
-    return pairs, len(pairs) + sum(refused.values()), refused
+    return pairs, refused

@@ -5,7 +5,7 @@ nothing in a response alone (length, words, order) gives the label; it must be r
 Three simulated annotators comment on each pair: `careful` (core points and a nitpick), `brief` (one core point) and
 `hasty`, who errs on a quarter of the pairs: label flipped, with a text that fits it.
 
-meta: family, flaw, severity ("minor" | "major" | "fatal"), core and nitpicks: lists of {text, side, polarity (+1 | -1)}.
+meta: family, flaw, severity ("minor" | "major" | "fatal"), core and nitpicks: lists of {text, side, polarity (+1, -1)}.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def tone(r):
 def safety(r):
     t = words()["safety"]
     risky, harmless, helps = r.choice(t["topics"])
-    opening, refusal = r.choice(t["openings"]), r.choice(t["refusals"])
+    refusal = r.choice(t["refusals"])
     if r.random() < 0.5:
-        return opening + risky, refusal, helps, "a refusal", "help with harm", "the request", "harmful help"
-    return opening + harmless, helps, refusal, "plain help", "a needless refusal", "the request", "needless refusal"
+        return risky, refusal, helps, "a refusal", "help with harm", harmless, "harmful help"
+    return harmless, helps, refusal, "plain help", "a needless refusal", harmless, "needless refusal"
 
 
 def reasoning(r):
@@ -121,7 +121,8 @@ def reasoning(r):
         return f"{' '.join(said)} Who is the {end}?", *texts, right, wrong, "the row", "invalid inference"
     (kind, quality), name = r.choice(t["kinds"]), r.choice(t["names"])
     shape, (right, wrong) = r.choice(t["rule"]), r.sample(["yes", "no"], 2)
-    seen, asked = (f"one of the {kind}", quality) if right == "yes" else (f"a thing that is {quality}", f"one of the {kind}")
+    ends = [(f"one of the {kind}", quality), (f"a thing that is {quality}", f"one of the {kind}")]
+    seen, asked = ends[right == "no"]
     question = f"All {kind} are {quality}. {name} has {seen}. Must it be {asked}?"
     return question, *(shape.format(v=v, k=kind) for v in (right, wrong)), right, wrong, kind, "invalid inference"
 
@@ -152,14 +153,14 @@ FAMILIES = [facts, arithmetic, instructions, summaries, code, tone, safety, reas
 
 
 def fields(data_dir: Path | None = None, name: str = "controlled", n: int = PAIRS, seed: int = SEED):
-    """The fields of `n` different pairs, equally many of each family; no file is read. The same n and seed give the same."""
+    """The fields of `n` different pairs, equally many of each family; the same n and seed give the same. No file is read."""
     seen, attempt = set(), 0
     while len(seen) < n:
         if attempt > 100 * n + 1000:
             raise ValueError(f"controlled: no {n} different pairs can be generated, only {len(seen)}")
         r = random.Random(fingerprint(seed, "controlled", attempt))
         found = _fields(r, FAMILIES[len(seen) % len(FAMILIES)], f"controlled-{seed}-{len(seen):05d}")
-        key = (found["group"], *sorted([found["response_a"], found["response_b"]]))
+        key = (found["context"][0]["content"], *sorted([found["response_a"], found["response_b"]]))
         attempt += 1
         if key not in seen:
             seen.add(key)
@@ -183,7 +184,8 @@ def _fields(r: random.Random, family, pair_id: str) -> dict:
         ends = (right, wrong) if (kind == "blame") == (side == "B") else (wrong, right)
         return said[kind].pop().format(S=f"Response {side}", x=x, right=ends[0], wrong=ends[1])
 
-    core = [{"text": say(kind, side), "side": side, "polarity": p} for kind, side, p in (("blame", "B", -1), ("praise", "A", 1))]
+    core = [{"text": say("blame", "B"), "side": "B", "polarity": -1}]
+    core += [{"text": say("praise", "A"), "side": "A", "polarity": 1}]
     critiques, unused = [], [*nitpicks]
     for who in ("careful", "brief", "hasty"):
         label, other = ("B", "A") if who == "hasty" and r.random() < ERR else ("A", "B")
@@ -198,8 +200,9 @@ def _fields(r: random.Random, family, pair_id: str) -> dict:
         lead = r.choice(words()["leads"]).format(S=f"Response {label}")
         critiques.append(HumanCritique(who, label, " ".join([lead, *texts]).strip()))
     meta = {"family": family.__name__, "flaw": flaw, "severity": point["severity"], "core": core, "nitpicks": nitpicks}
+    group = x if family is safety else question  # both questions of a safety topic have the same answers
     return {
-        "id": pair_id, "group": question, "context": [{"role": "user", "content": question}], "response_a": good,
+        "id": pair_id, "group": group, "context": [{"role": "user", "content": question}], "response_a": good,
         "response_b": bad, "label": "A", "critiques": critiques, "meta": meta,
     }  # fmt: skip
 
