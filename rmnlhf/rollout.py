@@ -152,10 +152,11 @@ class TransformersEngine:
         model, device = self.model, self.model.device
         live = torch.arange(len(prompts) * n, device=device)  # row -> completion; finished rows leave
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        kv, logits = _Shared(model, lengths, n, max_new_tokens), []
+        kv, logits = _Shared(lengths, n), []
         for g, ids in enumerate(prompts):
             cache = DynamicCache(config=model.config)
-            got = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            last = torch.tensor([len(ids) - 1], device=device)  # an index: a slice of one row makes torch copy the head's weights
+            got = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=last)
             kv.put(g, cache)
             logits.append(got.logits[0, -1])
         logits = torch.stack(logits).repeat_interleave(n, 0)
@@ -185,6 +186,7 @@ class TransformersEngine:
                 logits = model(
                     token[:, None], position_ids=position, past_key_values=kv, use_cache=True, attention_mask=mask, rmnlhf_kv=kv
                 ).logits[:, -1]
+                kv.tokens = t + 1
         ids, lps, count, finished = ids.tolist(), lps.tolist(), count.tolist(), finished.tolist()
         texts = self.tokenizer.batch_decode([r[:c] for r, c in zip(ids, count)], skip_special_tokens=True)
         return [Completion(r[:c], p[:c], x, f) for r, p, c, x, f in zip(ids, lps, count, texts, finished)]
@@ -220,19 +222,20 @@ def _sample(logits, uniform, temperature, top_p):
 
 
 class _Shared:
-    """Keys and values while decoding: one copy for each prompt (G, H, P, D), padded on the right, and the completions' own
-    (R, H, T, D), allocated once. It stands in for a Transformers cache: a model calls `update` in each layer."""
+    """Keys and values while decoding: one copy for each prompt (G·H, P, D), padded on the right, and the completions' own
+    (R·H, T, D), T growing by blocks. It stands in for a Transformers cache: a model calls `update` in each layer.
+
+    All stay dense: a batched product in bf16 copies anything else first, which doubled the time of a step."""
 
     is_compileable = False
+    BLOCK = 32
 
-    def __init__(self, model, lengths, n, tokens):
-        self.n, self.tokens, self.lengths = n, tokens, lengths
+    def __init__(self, lengths, n):
+        self.lengths = lengths
         self.rows = torch.arange(len(lengths) * n, device=lengths.device) // n  # row -> prompt
         self.prompt: list = []  # by layer: [keys, values]
         self.own: list = []
-        padding = torch.arange(int(lengths.max()), device=lengths.device)[None] >= lengths[:, None]
-        self.bias = torch.zeros(padding.shape, device=lengths.device).masked_fill(padding, float("-inf"))[:, None, None]
-        self.steps: list[int] = []
+        self.tokens = 0  # own tokens before this step
         self._layout()
 
     def put(self, g: int, cache):
@@ -240,32 +243,37 @@ class _Shared:
         for i, layer in enumerate(cache.layers):
             _, h, p, d = layer.keys.shape
             if len(self.prompt) <= i:
-                shape = (len(self.lengths), h, self.bias.shape[-1], d)
-                self.prompt.append([layer.keys.new_zeros(shape), layer.values.new_zeros(shape)])
-                self.own.append([layer.keys.new_empty(len(self.rows), h, self.tokens, d) for _ in "kv"])
-                self.steps.append(0)
-            self.prompt[i][0][g, :, :p], self.prompt[i][1][g, :, :p] = layer.keys[0], layer.values[0]
+                new = layer.keys.new_zeros
+                self.prompt.append([new(len(self.lengths) * h, self.width, d) for _ in "kv"])
+                self.own.append([new(len(self.rows) * h, 0, d) for _ in "kv"])
+            for kept, got in zip(self.prompt[i], (layer.keys, layer.values)):
+                kept[g * h : (g + 1) * h, :p] = got[0]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        t = self.steps[layer_idx]
         own = self.own[layer_idx]
-        own[0][:, :, t], own[1][:, :, t] = keys[:, :, 0], values[:, :, 0]
-        self.steps[layer_idx] = t + 1
-        return own[0][:, :, : t + 1], own[1][:, :, : t + 1]
+        if self.tokens == own[0].shape[1]:
+            own[:] = [torch.cat([x, x.new_zeros(x.shape[0], self.BLOCK, x.shape[2])], 1) for x in own]
+        for kept, got in zip(own, (keys, values)):
+            kept[:, self.tokens] = got.flatten(0, 2)
+        return keys, values
 
     def keep(self, index):
         """Drop every row that is not in `index`, and prompts without rows."""
-        self.own = [[x[index] for x in own] for own in self.own]
-        groups, self.rows = torch.unique(self.rows[index], return_inverse=True)
-        if len(groups) < len(self.lengths):
-            self.lengths = self.lengths[groups]
+        before, self.rows = len(self.rows), self.rows[index]
+        self.own = [[x.view(before, -1, *x.shape[1:])[index].flatten(0, 1) for x in own] for own in self.own]
+        groups, self.rows = torch.unique(self.rows, return_inverse=True)
+        before, self.lengths = len(self.lengths), self.lengths[groups]
+        if len(groups) < before:
             width = int(self.lengths.max())
-            self.bias = self.bias[groups, ..., :width]
-            self.prompt = [[x[groups, :, :width] for x in pair] for pair in self.prompt]
+            for pair in self.prompt:
+                pair[:] = [x.view(before, -1, *x.shape[1:])[groups, :, :width].flatten(0, 1).contiguous() for x in pair]
         self._layout()
 
     def _layout(self):
         """Rows of a prompt stand side by side in (G, M) slots, so that one product reads the prompt once for all of them."""
+        self.width = int(self.lengths.max())
+        padding = torch.arange(self.width, device=self.lengths.device)[None] >= self.lengths[:, None]
+        self.bias = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, float("-inf"))[:, None, None]
         counts = torch.bincount(self.rows)
         self.slots = int(counts.max())
         first = torch.cumsum(counts, 0) - counts
@@ -273,33 +281,41 @@ class _Shared:
         self.slot = None if len(slot) == len(counts) * self.slots else slot  # None: no slot is empty
 
     def get_seq_length(self, *args) -> int:
-        return self.steps[0] if self.steps else 0
+        return self.tokens
 
-    def attend(self, query, keys, values, layer_idx, scaling):
-        """query (R, heads, 1, D), own keys and values (R, H, t, D) → (R, 1, heads, D): one softmax over prompt and own tokens."""
+    def _grouped(self, x, h):
+        """(R·H, rep, X) by row → (G·H, M·rep, X) by prompt."""
+        r, g, (rep, width) = len(self.rows), len(self.lengths), x.shape[1:]
+        x = x.reshape(r, h, rep, width)
+        if self.slot is not None:
+            x = x.new_zeros(g * self.slots, h, rep, width).index_copy_(0, self.slot, x)
+        return x.view(g, self.slots, h, rep, width).transpose(1, 2).reshape(g * h, self.slots * rep, width)
+
+    def _by_row(self, x, h):
+        """(G, H, M·rep, X) by prompt → (R·H, rep, X) by row."""
+        g, width = len(self.lengths), x.shape[-1]
+        x = x.view(g, h, self.slots, -1, width).transpose(1, 2).reshape(g * self.slots, h, -1, width)
+        return (x if self.slot is None else x[self.slot]).flatten(0, 1)
+
+    def attend(self, query, layer_idx, scaling):
+        """query (R, heads, 1, D) → (R, 1, heads, D): one softmax over the prompt's and the completion's own keys."""
         r, heads, _, d = query.shape
-        h = keys.shape[1]
-        g, m, rep = len(self.lengths), self.slots, heads // h
-        prompt_keys, prompt_values = self.prompt[layer_idx]
-        q = query.reshape(r, h, rep, d) * scaling
-        padded = q if self.slot is None else q.new_zeros(g * m, h, rep, d).index_copy_(0, self.slot, q)
-        grouped = padded.view(g, m, h, rep, d).transpose(1, 2).reshape(g, h, m * rep, d)
-        shared = torch.matmul(grouped, prompt_keys.transpose(2, 3)).float() + self.bias
-        shared = shared.view(g, h, m, rep, -1).transpose(1, 2).reshape(g * m, h, rep, -1)
-        shared = shared if self.slot is None else shared[self.slot]
-        own = torch.matmul(q, keys.transpose(2, 3)).float()
-        weights = torch.cat([shared, own], -1).softmax(-1).to(query.dtype)
-        at_prompt, at_own = weights.split([shared.shape[-1], own.shape[-1]], -1)
-        padded = at_prompt if self.slot is None else q.new_zeros(g * m, h, rep, at_prompt.shape[-1]).index_copy_(0, self.slot, at_prompt)
-        grouped = padded.reshape(g, m, h, rep, -1).transpose(1, 2).reshape(g, h, m * rep, -1)
-        mixed = torch.matmul(grouped, prompt_values).view(g, h, m, rep, d).transpose(1, 2).reshape(g * m, h, rep, d)
-        mixed = (mixed if self.slot is None else mixed[self.slot]) + torch.matmul(at_own, values)
+        (prompt_keys, prompt_values), (keys, values) = self.prompt[layer_idx], self.own[layer_idx]
+        h = keys.shape[0] // r
+        q = (query * scaling).reshape(r * h, heads // h, d)
+        shared = torch.bmm(self._grouped(q, h), prompt_keys.transpose(1, 2))
+        shared = self._by_row(shared.view(-1, h, *shared.shape[1:]).float() + self.bias, h)
+        own = torch.bmm(q, keys.transpose(1, 2)).float()
+        own[:, :, self.tokens + 1 :] = float("-inf")
+        weights = torch.cat([shared, own], -1).softmax(-1).to(query.dtype)  # fp32 until here
+        mixed = torch.bmm(self._grouped(weights[:, :, : self.width], h), prompt_values)
+        mixed = self._by_row(mixed.view(-1, h, *mixed.shape[1:]), h) + torch.bmm(weights[:, :, self.width :], values)
         return mixed.reshape(r, 1, heads, d)
 
 
 def _decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rmnlhf_kv=None, **kwargs):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return rmnlhf_kv.attend(query, key, value, module.layer_idx, scaling), None
+    return rmnlhf_kv.attend(query, module.layer_idx, scaling), None
 
 
 AttentionInterface.register(ATTENTION, _decode_attention)
