@@ -11,9 +11,10 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterable, Literal
+from typing import Literal
 
 Label = Literal["A", "B"]
 OTHER = {"A": "B", "B": "A"}
@@ -90,7 +91,13 @@ class PreferencePair:
             raise ValueError(f"unknown field {sorted(unknown)[0]!r}; put extra columns under 'meta'")
         if missing := [n for n in ("id", "context", "response_a", "response_b", "label") if n not in row]:
             raise ValueError(f"missing field {missing[0]!r}")
+        if isinstance(row["id"], (dict, list, bool)) or row["id"] in (None, ""):
+            raise ValueError(f"id is {row['id']!r}, expected a text or a number")
+        if not isinstance(row.get("meta") or {}, dict):
+            raise ValueError(f"meta is {type(row['meta']).__name__}, expected an object")
         critiques = []
+        if not isinstance(row.get("critiques") or [], list):
+            raise ValueError(f"critiques is {type(row['critiques']).__name__}, expected a list")
         for i, c in enumerate(row.get("critiques") or []):
             if isinstance(c, str):
                 c = {"text": c}
@@ -100,7 +107,7 @@ class PreferencePair:
                 raise ValueError(f"critiques[{i}].label is {c['label']!r}, allowed: 'A', 'B', null")
             critiques.append(HumanCritique(str(c.get("annotator", i)), c.get("label", row["label"]), c["text"]))
         return cls(
-            str(row["id"]), str(row.get("source", "own")), str(row.get("group", row["id"])), row["context"],
+            str(row["id"]), str(row.get("source") or "own"), str(row.get("group") or row["id"]), row["context"],
             row["response_a"], row["response_b"], row["label"], critiques, row.get("meta") or {},
         )  # fmt: skip
 
@@ -133,9 +140,11 @@ def settle(pair: PreferencePair) -> PreferencePair:
 
 def refusal(pair: PreferencePair) -> str | None:
     """Why a pair cannot be used, or None."""
-    if pair.label not in OTHER:
+    if pair.label not in ("A", "B"):
         return f"label is {pair.label!r}, allowed: 'A', 'B' (ties are no pairs)"
-    if not isinstance(pair.context, list) or not pair.context:
+    if not isinstance(pair.context, list):
+        return f"context is {type(pair.context).__name__}, expected a list of {{role, content}}"
+    if not pair.context:
         return "context is empty: it needs at least the user's turn"
     for i, turn in enumerate(pair.context):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
@@ -183,14 +192,12 @@ def read_jsonl(path: str | Path) -> Read:
             read.lines += 1
             try:
                 row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as e:
+                json.dumps(row, ensure_ascii=False).encode()  # an escaped half of a character cannot be written again
+            except UnicodeError as e:
                 refuse("not UTF-8", e)
                 continue
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:  # RecursionError: nested too deep
                 refuse("not JSON" if raw.endswith(b"\n") else "half-written last line", e)
-                continue
-            except RecursionError:
-                refuse("not JSON", "nested too deep")
                 continue
             try:
                 pair = PreferencePair.from_dict(row)
@@ -209,7 +216,7 @@ def read_jsonl(path: str | Path) -> Read:
 _KINDS = {
     "missing field": "missing field", "unknown field": "unknown field", "ties are no pairs": "tie or unknown label",
     "is empty: it needs": "empty context", "is empty": "empty response", "are the same": "equal responses",
-    "critiques[": "malformed critique",
+    "critiques": "malformed critique",
 }  # fmt: skip
 
 
