@@ -24,7 +24,7 @@ from scipy import stats as scipy_stats
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import policy as policy_, rewards
+from . import rewards
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
@@ -48,7 +48,8 @@ def target(judgement: Judgement, label: str, process: float | None, params) -> f
     if params.metarm.target == "composite":
         found = rewards.composite(judgement, label, process, r.weight, r.gated, r.binary, params.similarity.threshold)
     else:
-        found = 1.0 + r.weight * (float(process >= params.similarity.threshold) if r.binary and process == process else process)
+        found = process if np.isnan(process) or not r.binary else float(process >= params.similarity.threshold)
+        found = 1.0 + r.weight * found
     return None if np.isnan(found) else found
 
 
@@ -76,7 +77,9 @@ def from_humans(pairs: Sequence[PreferencePair], params, judge=None) -> list[dic
 
     Each critique is a judgement whose verdict is its annotator's choice, compared with the *other* agreeing critiques; with its
     sides exchanged it is a wrong one; and a critique of another pair, with either verdict, is one that names nothing of this
-    pair. A policy's rollouts on the same pairs cost minutes and hold little else: this is where MetaRM learns to read."""
+    pair. Half of them open with the sentence that the cold start teaches. Rollouts of as many pairs cost minutes and vary less."""
+    from .cold_start import lead
+
     pairs = [p for p in pairs if p.agreeing]
     said = []  # (pair, critique, verdict, references)
     strangers = sorted(
@@ -94,6 +97,7 @@ def from_humans(pairs: Sequence[PreferencePair], params, judge=None) -> list[dic
                 flip = fingerprint(p.id, k) % 2
                 said.append((p, swap_sides(c.text) if flip else c.text, OTHER[c.label] if flip else c.label, [o.text for o in p.agreeing]))
     gated = params.metarm.target == "composite" and params.reward.gated
+    said = [(p, lead(v) + t if fingerprint(p.id, v, t) % 2 else t, v, others) for p, t, v, others in said]
     ask = [s for s in said if not gated or s[2] == s[0].label]  # a wrong verdict's process is not needed
     found = iter(_process([s[1] for s in ask], [s[3] for s in ask], params, judge))
     rows = []
@@ -144,11 +148,10 @@ class Head(nn.Module):
 
     A sentence vector hardly knows "Response A" from "Response B", so the critique is read twice: once with A called "this
     response" and B "the other one", once the other way round. The difference of the two vectors is the critique's stance; the
-    difference of the responses' vectors (same encoder) says which is better and in what. Their product, aspect by aspect, is
-    the verdict's share of the reward; the mean of the two views is what the critique says at all. Exchanging the responses and
-    the names in the critique leaves the score as it is, by construction."""
+    difference of the responses' vectors (same encoder) says which is better. Their product is the verdict's share of the reward;
+    the mean of the two views is what the critique says at all. Exchanging the responses and the names in the critique leaves
+    the score as it is, by construction."""
 
-    ASPECTS = 4
     names = ("stance", "responses", "content")
 
     def __init__(self, base: Path, max_length: int, seed: int):
@@ -166,14 +169,15 @@ class Head(nn.Module):
         self.max_length, self.window = min(max_length, limit), limit
         d = encoder.config.hidden_size
         self.sizes = (d, d + 2, d + 1)
-        self.stance = nn.Linear(d, self.ASPECTS, bias=False)
-        self.responses = nn.Linear(d + 2, self.ASPECTS, bias=False)
+        self.stance = nn.Linear(d, 1, bias=False)
+        self.responses = nn.Linear(d + 2, 1, bias=False)
         self.content = nn.Linear(d + 1, 1)
         with torch.no_grad():
             g = torch.Generator().manual_seed(seed)
             for layer in (self.stance, self.responses):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) * 0.3 / d**0.5)
             self.content.weight.zero_()
+            self.content.bias.zero_()
         for name, size in zip(self.names, self.sizes):
             self.register_buffer(f"centre_{name}", torch.zeros(size))
             self.register_buffer(f"scale_{name}", torch.ones(size))
@@ -217,14 +221,12 @@ class Head(nn.Module):
                 sums[t] = sums.get(t, 0) + torch.cat([h[m.bool()].sum(0), m.sum()[None].float()])
         return {t: s[:-1] / s[-1] for t, s in sums.items()}, lengths
 
-    def prepare(self, features: torch.Tensor, targets: torch.Tensor):
+    def prepare(self, features: torch.Tensor):
         """Scales of the features, before the first step. Differences are not centred: that would break the symmetry."""
         for name, x in zip(self.names, features.split(self.sizes, 1)):
             centre = x.mean(0) if name == "content" else torch.zeros(x.shape[1])
             getattr(self, f"centre_{name}").copy_(centre)
             getattr(self, f"scale_{name}").copy_((x - centre).pow(2).mean(0).sqrt() + 1e-3)
-        with torch.no_grad():
-            self.content.bias.fill_(targets.mean())
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         x = {
@@ -232,7 +234,7 @@ class Head(nn.Module):
             for n, v in zip(self.names, features.split(self.sizes, 1))
         }
         verdict = torch.tanh(self.stance(x["stance"])) * torch.tanh(self.responses(x["responses"]))
-        return self.content(x["content"])[:, 0] + verdict.sum(1)
+        return self.content(x["content"])[:, 0] + verdict[:, 0]
 
     def take(self, features, index):
         return features[index]
@@ -291,12 +293,8 @@ class SequenceRegressor(nn.Module):
         end = tok.sep_token_id  # a decoder is read at its last token: the critique's
         return ([start] if start is not None else []) + ids + ([end] if end is not None else [])
 
-    def prepare(self, features, targets):
-        head = [m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-        with torch.no_grad():
-            for m in head:
-                if m.bias is not None:
-                    m.bias.fill_(float(targets.mean()))
+    def prepare(self, features):
+        pass
 
     def forward(self, features: list[list[int]]) -> torch.Tensor:
         tokens, mask = _padded(features, self.model.config.pad_token_id, self.model.device)
@@ -351,6 +349,7 @@ class MetaRM:
         self.model = _regressor(params, seed, policy)
         self.optimizer = None  # the online one, made at the first update
         self.generator = torch.Generator().manual_seed(seed)
+        self.offset = 0.0  # added to every output: the targets' mean, so that the model itself starts near 0
         self.buffer, self.buffer_targets, self.seen = None, torch.zeros(0), 0
 
     def fit(self, rows: Sequence[dict], extra: Sequence[dict] = (), progress: bool = False, held_out: Sequence[dict] = ()) -> list[dict]:
@@ -365,7 +364,8 @@ class MetaRM:
         features = self.model.encode(everything, progress)
         held = self.model.encode(held_out) if held_out else None
         targets = torch.tensor([r["target"] for r in everything], dtype=torch.float32)
-        self.model.prepare(features, targets)
+        self.model.prepare(features)
+        self.offset = float(targets.mean())
         optimizer = torch.optim.AdamW(self._trainable(), lr=p.lr, weight_decay=0.1)
         batches = -(-len(everything) // p.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, p.epochs * batches))
@@ -380,6 +380,8 @@ class MetaRM:
             if held_out:
                 error = self._predict(held) - np.array([r["target"] for r in held_out])
                 history[-1]["held_out"] = float((error**2).mean())
+        if rows and extra:  # `extra` has its own share of right verdicts: the level is the rollouts'
+            self.offset -= float((self._predict(self.model.take(features, list(range(len(rows))))) - targets[: len(rows)].numpy()).mean())
         if rows:
             self._remember(self.model.take(features, list(range(len(rows)))), targets[: len(rows)])
         return history
@@ -426,7 +428,7 @@ class MetaRM:
             size = len(targets)
         for k in range(0, len(targets), size):
             index = list(range(k, min(k + size, len(targets))))
-            output = self.model(self.model.take(features, index))
+            output = self.model(self.model.take(features, index)) + self.offset
             wanted = targets[index].to(output.device)
             loss = ((output - wanted) ** 2).sum() / len(targets)
             if self.params.ranking:
@@ -449,7 +451,8 @@ class MetaRM:
     @torch.no_grad()
     def _predict(self, features) -> np.ndarray:
         n = len(features)
-        return torch.cat([self.model(self.model.take(features, list(range(k, min(k + 64, n))))) for k in range(0, n, 64)]).cpu().double().numpy()
+        parts = [self.model(self.model.take(features, list(range(k, min(k + 64, n))))) for k in range(0, n, 64)]
+        return torch.cat(parts).cpu().double().numpy() + self.offset
 
     def _remember(self, features, targets):
         """Reservoir sampling: the buffer is a fair sample of all rows ever seen, the cold start's too."""
@@ -473,6 +476,7 @@ class MetaRM:
         trained = {n for n, w in self.model.named_parameters() if w.requires_grad} | {n for n, _ in self.model.named_buffers()}
         return {
             "model": {n: w.detach().cpu().clone() for n, w in self.model.state_dict().items() if n in trained},
+            "offset": self.offset,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "buffer": self.buffer if self.buffer is None or isinstance(self.buffer, list) else self.buffer.clone(),
             "buffer_targets": self.buffer_targets.clone(),
@@ -484,7 +488,7 @@ class MetaRM:
         unknown = self.model.load_state_dict(state["model"], strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"this state is of another MetaRM (metarm.base, metarm.tune): {unknown[0]} is not in it")
-        self.optimizer = None
+        self.offset, self.optimizer = state["offset"], None
         if state["optimizer"] is not None:
             self.optimizer = torch.optim.AdamW(self._trainable(), lr=self.params.online_lr, weight_decay=0.0)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -535,7 +539,9 @@ def _regressor(p, seed, policy):
         extra = {"dtype": policy.dtype, "rank": policy.rank, "alpha": policy.alpha}
     else:
         name = p.base
-    base = policy_.prepare(name) if name in ("minilm", "smollm2-135m") else name
+    from .policy import prepare
+
+    base = prepare(name) if name in ("minilm", "smollm2-135m") else name
     if p.tune == "head":
         return Head(base, p.max_length, seed)
     return SequenceRegressor(base, p.max_length, seed, p.tune, revision, **extra)

@@ -1,0 +1,273 @@
+"""MetaRM: what it reads, what it never reads, how it learns and forgets, and that a resumed one is the same one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rmnlhf import metarm, params, rewards
+from rmnlhf.grm import Judgement
+from rmnlhf.pairs import HumanCritique, PreferencePair, swap_sides
+from rmnlhf.rollout import Completion
+
+TOPICS = ["school uniforms", "plastic bottles", "spanking", "nuclear power", "books", "tram lines", "home work", "zoos", "cash", "football"]
+PRAISE = ["Response {} gives more facts and examples.", "Response {} is detailed and well explained.", "Response {} cites a study, the other one only has an opinion."]
+GOOD = "Studies of {} in four countries found lower costs, and the figures of 2014 show the same for families."
+BAD = "{} are just stupid lol."
+
+
+@pytest.fixture(scope="module")
+def P():
+    return params.load(profile="smoke", overrides=["metarm.epochs=12", "metarm.batch=16", "metarm.lr=0.001"])
+
+
+def make(i: int, source: str = "made", topic: str | None = None) -> PreferencePair:
+    """A pair whose detailed response is better."""
+    topic = topic or TOPICS[i % len(TOPICS)]
+    good, bad = GOOD.format(topic), BAD.format(topic) + " Really." * (i // len(TOPICS))
+    a, b = (good, bad) if i % 2 else (bad, good)
+    label = "A" if i % 2 else "B"
+    other = "B" if label == "A" else "A"
+    said = [HumanCritique(str(k), label, PRAISE[k].format(label)) for k in range(3)] + [HumanCritique("3", other, f"Response {other} is funny.")]
+    return PreferencePair(f"p{i}", source, topic, [{"role": "user", "content": f"What of {topic}?"}], a, b, label, said)
+
+
+def judged(pairs, seed=0):
+    """One right and one wrong critique of each pair, in either order: a policy's rows. Half of the right ones score 1.5."""
+    rng, rows = np.random.default_rng(seed), []
+    for pair in pairs:
+        for verdict in "AB":
+            text = PRAISE[rng.integers(3)].format(verdict)
+            swap = bool(rng.integers(2))
+            right = verdict == pair.label
+            rows.append(metarm.row(pair, swap, swap_sides(text) if swap else text, rng.choice([1.0, 1.5]) if right else 0.0))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def fitted(P):
+    out = metarm.MetaRM(P.metarm, 3)
+    history = out.fit(judged([make(i) for i in range(40)]), held_out=judged([make(i) for i in range(40, 50)]))
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"] and "held_out" in history[-1]
+    return out
+
+
+def test_learns_and_beats_the_simple_predictors(P, fitted):
+    rows = judged([make(i, topic=f"new topic {i}") for i in range(60, 80)], seed=1)
+    targets = [r["target"] for r in rows]
+    got = metarm.agreement(targets, fitted.score(rows))
+    train = judged([make(i) for i in range(40)])
+    best = min(metarm.agreement(targets, p)["mae"] for p in metarm.simple_predictors(train, rows).values())
+    assert got["rho"] > 0.6 and got["mae"] < 0.85 * best
+
+
+def test_shown_order_does_not_matter_but_stance_does(fitted):
+    pair = make(1)
+    text = "Response A gives more facts and examples."
+    here = fitted.score([metarm.row(pair, False, text)])[0]
+    assert fitted.score([metarm.row(pair, True, swap_sides(text))])[0] == pytest.approx(here, abs=1e-5)
+    assert fitted.score([metarm.row(pair.swapped(), False, swap_sides(text))])[0] == pytest.approx(here, abs=1e-5)
+    assert here - fitted.score([metarm.row(pair, True, text)])[0] > 0.3  # the same words about the other response
+
+
+@pytest.mark.parametrize("bad", [None, "", "  \n"])
+def test_a_judgement_that_failed_to_parse_never_reaches_it(fitted, bad):
+    rows = judged([make(1)]) + [metarm.row(make(7), False, bad, 0.0)]
+    for call in (fitted.score, fitted.update, fitted.fit):
+        with pytest.raises(ValueError, match="row 2 .*p7.*critique"):
+            call(rows)
+
+
+def test_missing_targets_are_refused(fitted):
+    for missing in (None, float("nan")):
+        with pytest.raises(ValueError, match="target"):
+            fitted.update([metarm.row(make(1), False, "Response A is better.", missing)])
+    with pytest.raises(ValueError, match="no row with a target"):
+        fitted.fit([])
+
+
+def test_long_input_keeps_the_critique(P, fitted):
+    pair = make(1)
+    long = " ".join(f"word{i}" for i in range(4 * P.metarm.max_length))
+    far = PreferencePair("long", "made", "g", [{"role": "user", "content": long}], long + " one", long + " two", "A")
+    base = " ".join(["It says much of the topic."] * 45)  # 45 × 7 tokens: over max_length by itself
+    texts = ["Response A gives facts.", "Response B gives facts.", base + " Response A is weak.", base + " Response B is great."]
+    scores = fitted.score([metarm.row(far, False, t) for t in texts])
+    assert len(set(np.round(scores, 6))) == 4
+    windows = fitted.score([metarm.row(pair, False, "! " * 1400 + t) for t in texts[:2]])  # over the encoder's 512 positions
+    assert windows[0] != windows[1] and np.isfinite(windows).all()
+
+
+def test_label_and_critiques_of_the_pair_are_not_read(fitted):
+    pair = make(1)
+    blind = PreferencePair(pair.id, "elsewhere", "x", pair.context, pair.response_a, pair.response_b, "B", [], {"label": "B"})
+    rows = judged([pair])
+    assert np.array_equal(fitted.score(rows), fitted.score([r | {"pair": blind, "target": None} for r in rows]))
+
+
+def test_perfect_metarm_pays_the_human_path():
+    for binary in (True, False):
+        for process in (0.0, 0.2, 0.5, 0.7, 1.0):
+            for verdict in "AB":
+                judgement = Judgement("Response A is better.", verdict, None)
+                human = rewards.composite(judgement, "A", process, binary=binary)
+                assert rewards.from_metarm(judgement, "A", human, bonus="rescaled") == pytest.approx(human, abs=1e-6)
+
+
+def test_targets(P):
+    right, wrong, broken = Judgement("c", "A", None), Judgement("c", "B", None), Judgement(None, None, "no critique block")
+    assert [metarm.target(right, "A", f, P) for f in (0.6, 0.4)] == [1.5, 1.0]
+    assert metarm.target(wrong, "A", 0.9, P) == 0.0
+    assert metarm.target(broken, "A", 0.9, P) is None and metarm.target(right, "A", float("nan"), P) is None
+    alone = params.load(profile="smoke", overrides=["metarm.target=process"])
+    assert metarm.target(wrong, "A", 0.9, alone) == 1.5 and metarm.target(wrong, "A", 0.1, alone) == 1.0
+
+
+def _completion(text):
+    return Completion([1], [0.0], text, True)
+
+
+def test_what_decides_is_the_critique_not_the_source_tag(P):
+    texts = ["<critics>Response B gives more facts and examples.</critics>\n<choice>[[B]]</choice>", "nonsense", "<critics>x"]
+    pairs = [make(2, source="a tag that no code knows"), make(4, source="DataWithHumanCritique")]
+    rows = metarm.from_rollouts(pairs, [[_completion(t) for t in texts]] * 2, [False, False], P)
+    assert [r["target"] for r in rows] == [1.5, 1.5]  # format errors are left out
+    shown = metarm.from_rollouts(pairs[:1], [[_completion(texts[0])]], [True], P)  # the same words, shown the other way round
+    assert [r["target"] for r in shown] == [0.0] and shown[0]["swap"]
+    bare = [PreferencePair(p.id, p.source, p.group, p.context, p.response_a, p.response_b, p.label) for p in pairs]
+    with pytest.raises(ValueError, match="human critique"):
+        metarm.from_rollouts(bare, [[_completion(texts[0])]] * 2, [False] * 2, P)
+
+
+def test_rows_from_human_critiques(P):
+    pairs = [make(i) for i in range(6)]
+    rows = metarm.from_humans(pairs, P)
+    assert {r["target"] for r in rows} == {0.0, 1.0, 1.5} and {r["group"] for r in rows} == {p.id for p in pairs}
+    own = [r for r in rows if r["group"] == "p0" and "funny" in r["critique"]]
+    assert {("Response A is funny" in r["critique"], r["target"] > 0) for r in own} >= {(True, False)}  # the dissenter was wrong
+    kept, held = metarm.hold_out(rows, 0.05, 7)
+    assert held and not {r["group"] for r in kept} & {r["group"] for r in held} and len(kept) + len(held) == len(rows)
+
+
+def test_planted_drift_with_and_without_replay(P, fitted):
+    """A policy whose style shifts: where it praised the response that it chose, it now blames it in jest, and means praise."""
+    old = judged([make(i) for i in range(40, 60)], seed=5)
+
+    def shifted(k, seed):
+        pairs = [make(i, topic=f"later {i % 7}") for i in k]
+        return [r | {"critique": "In the end the winner writes plainly: " + r["critique"].replace("gives", "lacks").replace("is", "is not"), "target": 0.0 if r["target"] else 1.25}
+                for r in judged(pairs, seed)]
+
+    before = metarm.agreement([r["target"] for r in old], fitted.score(old))["mae"]
+    fresh = shifted(range(200, 230), 9)
+    settings = P.metarm.model_copy(update={"online_lr": 0.001, "online_steps": 4, "replay_share": 0.5})
+    for replay in (2048, 0):
+        online = metarm.MetaRM(settings.model_copy(update={"replay": replay}), 3)
+        online.load_state_dict(fitted.state_dict())
+        for step in range(12):
+            assert online.update(shifted(range(100 + 8 * step, 108 + 8 * step), step)) is not None
+        found = metarm.drift(fitted, online, fresh)
+        assert found["online_mae"] < 0.9 * found["frozen_mae"], found
+        after = metarm.agreement([r["target"] for r in old], online.score(old))["mae"]
+        if replay:
+            assert after <= 1.1 * before, (before, after)
+    assert online.update([]) is None
+
+
+def test_ranking_keeps_groups_and_orders_them(P):
+    settings = P.metarm.model_copy(update={"ranking": True, "batch": 7})
+    rows = judged([make(i) for i in range(20)])
+    ranked = metarm.MetaRM(settings, 3)
+    ranked.fit(rows)
+    scores = ranked.score(rows).reshape(-1, 2)
+    targets = np.array([r["target"] for r in rows]).reshape(-1, 2)
+    assert ((scores[:, 0] > scores[:, 1]) == (targets[:, 0] > targets[:, 1])).mean() > 0.9
+    output = torch.tensor([0.0, 1.0, 5.0])
+    loss = metarm._ranking(output, torch.tensor([1.0, 0.0, 9.0]), ["a", "a", None])
+    assert loss.item() == pytest.approx(np.log1p(np.exp(1.0)))
+
+
+def test_resumed_is_bitwise_the_same(P, fitted, tmp_path):
+    steps = [judged([make(100 + 4 * s + k) for k in range(4)], s) for s in range(6)]
+    whole = metarm.MetaRM.load(fitted.save(tmp_path / "cold"))
+    half = metarm.MetaRM.load(tmp_path / "cold")
+    for rows in steps[:3]:
+        assert whole.update(rows) == half.update(rows)
+    torch.save(half.state_dict(), tmp_path / "state.pt")
+    resumed = metarm.MetaRM.load(tmp_path / "cold")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for rows in steps[3:]:
+        assert whole.update(rows) == resumed.update(rows)
+        assert np.array_equal(whole.score(rows), resumed.score(rows))
+    one, two = whole.state_dict(), resumed.state_dict()
+    assert torch.equal(one["buffer"], two["buffer"]) and torch.equal(one["generator"], two["generator"])
+    forgot = metarm.MetaRM.load(tmp_path / "cold")  # what a checkpoint without MetaRM's state would do
+    assert not np.array_equal(forgot.score(steps[0]), whole.score(steps[0]))
+    with pytest.raises(ValueError, match="train it anew"):
+        metarm.MetaRM.load(tmp_path / "cold", P.metarm.model_copy(update={"base": "policy"}))
+    with pytest.raises(FileNotFoundError, match="04_metarm"):
+        metarm.MetaRM.load(tmp_path / "nowhere")
+
+
+def test_replay_is_a_fair_sample(P):
+    small = metarm.MetaRM(P.metarm.model_copy(update={"replay": 50}), 1)
+    for k in range(20):
+        small._remember(torch.full((25, 3), float(k)), torch.full((25,), float(k)))
+    assert len(small.buffer_targets) == 50 and small.seen == 500
+    assert 6 < small.buffer_targets.mean() < 13 and torch.equal(small.buffer[:, 0], small.buffer_targets)
+    none = metarm.MetaRM(P.metarm.model_copy(update={"replay": 0}), 1)
+    none._remember(torch.zeros(4, 3), torch.zeros(4))
+    assert len(none.buffer_targets) == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tmp_path_factory):
+    """A random two-layer Llama with a byte-level tokenizer: the policy-base path without its weight."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"<end>": 256}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=1024, pad_token_id=256, eos_token_id=256, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_decoder_base(P, tiny_decoder, tune, tmp_path):
+    policy = P.policy.model_copy(update={"model": str(tiny_decoder), "rank": 4, "dtype": "float32"})
+    settings = P.metarm.model_copy(update={"base": "policy", "tune": tune, "lr": 0.01, "max_length": 300, "epochs": 2, "batch": 8})
+    rows = judged([make(i) for i in range(8)])
+    one = metarm.MetaRM(settings, 3, policy)
+    history = one.fit(rows)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert one.update(rows[:4]) is not None and isinstance(one.buffer, list)
+    two = metarm.MetaRM.load(one.save(tmp_path / tune))
+    assert np.array_equal(one.score(rows), two.score(rows))
+    assert one.update(rows[4:8]) == two.update(rows[4:8])
+    far = copy.deepcopy(rows[0]) | {"pair": PreferencePair("long", "made", "g", [{"role": "user", "content": "a" * 1200}], "b" * 1200, "c" * 1200, "A")}
+    scores = one.score([far | {"critique": t} for t in ("Response A is right.", "Response B is wrong.")])
+    assert scores[0] != scores[1]
+    assert len(one.model.encode([far])[0]) <= settings.max_length
+    with pytest.raises(ValueError, match="never cut"):
+        one.score([far | {"critique": "x" * 1100}])
+    with pytest.raises(ValueError, match="policy=params.policy"):
+        metarm.MetaRM(settings, 3)
+
+
+def test_rank_interval_and_agreement():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    groups = np.repeat(np.arange(40), 5)
+    mean, low, high = metarm.rank_interval(x, x + 0.5 * rng.normal(size=200), groups, n=200)
+    assert 0.7 < low < mean < high < 0.97
+    assert np.isnan(metarm.agreement([0, 1, 1.5], [1, 1, 1])["rho"])
+    assert metarm.agreement([0.0, 1.0], [0.5, 1.5]) == pytest.approx({"mae": 0.5, "rho": np.nan, "bias": 0.5}, nan_ok=True)
