@@ -10,14 +10,15 @@ import json
 import logging
 import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from . import grm, policy
+from . import grm, policy, shared_prefix
 from .pairs import OTHER, PreferencePair, fingerprint
 
 log = logging.getLogger(__name__)
@@ -48,63 +49,25 @@ def example(pair: PreferencePair, swap: bool, tokenizer, params) -> Example:
         enc = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         at = text.index(lead(shown.label).strip()) + len("Response ")
         side = next(i for i, (start, end) in enumerate(enc["offset_mapping"]) if start <= at < end)
-        ids = enc["input_ids"][: params.policy.max_completion - 1] + [tokenizer.eos_token_id] if critique else enc["input_ids"][: side + 1]
-        if critique and len(enc["input_ids"]) >= params.policy.max_completion:
-            continue  # a cut target would teach to stop before the choice
+        ids = enc["input_ids"] + [tokenizer.eos_token_id]
+        if critique is None or len(ids) > params.policy.max_completion:  # a cut target would teach to stop before the choice
+            ids = ids[: side + 1]
         weights = [1.0] * len(ids)
         weights[side] = c.verdict_weight
         completions.append((ids, weights))
     return Example(prompt, completions)
 
 
-def pack(examples: list[Example], pad: int, multiple: int = 32) -> dict[str, torch.Tensor]:
-    """One row an example, [prompt | c1 | … | cN], each completion seeing the prompt and itself (axes: B rows, S positions, T targets).
-
-    ids_B_S, positions_B_S, seen_B_S_S (bool); row_T and column_T say which hidden state predicts target_T; weight_T."""
-    lengths = [len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples]
-    width = -(-max(lengths) // multiple) * multiple
-    ids = torch.full((len(examples), width), pad)
-    positions, segment = torch.zeros_like(ids), torch.full_like(ids, -1)
-    row, column, target, weight = [], [], [], []
-    for b, e in enumerate(examples):
-        start = len(e.prompt)
-        ids[b, :start], segment[b, :start], positions[b, :start] = torch.tensor(e.prompt), 0, torch.arange(start)
-        for k, (tokens, weights) in enumerate(e.completions, 1):
-            end = start + len(tokens)
-            ids[b, start:end], segment[b, start:end] = torch.tensor(tokens), k
-            positions[b, start:end] = torch.arange(len(e.prompt), len(e.prompt) + len(tokens))
-            row += [b] * len(tokens)
-            column += [len(e.prompt) - 1, *range(start, end - 1)]
-            target += tokens
-            weight += [w / len(e.completions) for w in weights]
-            start = end
-    order = torch.arange(width)
-    seen = (order[:, None] >= order) & ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None]))
-    seen &= (segment >= 0)[:, None]
-    seen |= torch.eye(width, dtype=torch.bool)  # padding sees itself: no empty softmax
-    return {
-        "ids_B_S": ids, "positions_B_S": positions, "seen_B_S_S": seen, "row_T": torch.tensor(row),
-        "column_T": torch.tensor(column), "target_T": torch.tensor(target), "weight_T": torch.tensor(weight),
-    }  # fmt: skip
-
-
-def logits(model, packed: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(T, vocabulary) in fp32, made where a target stands and nowhere else."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device, dtype = causal.device, causal.dtype
-    seen = packed["seen_B_S_S"][:, None].to(device)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    hidden = causal.model(
-        input_ids=packed["ids_B_S"].to(device), position_ids=packed["positions_B_S"].to(device), attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return causal.lm_head(hidden[packed["row_T"].to(device), packed["column_T"].to(device)]).float()
-
-
-def loss(model, packed: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Weighted mean cross-entropy of the targets."""
-    weight = packed["weight_T"].to(model.device)
-    entropy = F.cross_entropy(logits(model, packed), packed["target_T"].to(model.device), reduction="none")
-    return (entropy * weight).sum() / weight.sum()
+def loss(model, examples: list[Example]) -> torch.Tensor:
+    """Weighted mean cross-entropy of the targets; the completions of a pair count as one."""
+    parts = [examples] if model.device.type == "cuda" else [[e] for e in examples]  # a dense mask is cheap when small
+    total, weight = 0.0, 0.0
+    for part in parts:
+        packed = shared_prefix.pack([e.prompt for e in part], [[ids for ids, _ in e.completions] for e in part], model.device)
+        logps, _ = shared_prefix.logps(model, packed)
+        weights = torch.tensor([w / len(e.completions) for e in part for _, ws in e.completions for w in ws], device=model.device)
+        total, weight = total - (logps.float() * weights).sum(), weight + weights.sum()
+    return total / weight
 
 
 def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
@@ -154,8 +117,6 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
     if not c.steps:
         if given is None:
             raise ValueError("cold_start has neither an adapter nor steps: set one, or cold_start.enabled to false")
-        import shutil
-
         shutil.copytree(given, out / "adapter", dirs_exist_ok=True)
         _write(done, recipe)
         return out
@@ -166,12 +127,11 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
     model.print_trainable_parameters()
 
     def collate(features):
-        examples = [example(*rows[f["row"] % len(rows)], tokenizer, params) for f in features]
-        return pack([e for e in examples if e.completions] or examples[:1], tokenizer.pad_token_id)
+        return {"examples": [example(*rows[f["row"] % len(rows)], tokenizer, params) for f in features]}
 
     class PackedSFTTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return loss(self.accelerator.unwrap_model(model), inputs)
+            return loss(self.accelerator.unwrap_model(model), inputs["examples"])
 
         def _get_train_sampler(self, *args, **kwargs):
             return SequentialSampler(self.train_dataset)
@@ -198,8 +158,6 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
 
 def _restart_if_changed(out: Path, recipe: dict):
     """A run folder of other parameters is not continued."""
-    import shutil
-
     started = out / "started.json"
     if started.exists() and json.loads(started.read_text()) != json.loads(json.dumps(recipe)):
         log.warning("%s was made with other parameters: starting anew", out)
@@ -240,19 +198,15 @@ def verify(folder: str | Path) -> Path:
 
 
 @torch.no_grad()
-def margins(model, tokenizer, pairs: list[PreferencePair], params, batch: int = 8):
-    """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling, one token each."""
-    import numpy as np
-
+def margins(model, tokenizer, pairs: list[PreferencePair], params) -> np.ndarray:
+    """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling."""
     out = np.zeros((len(pairs), 2))
-    a, b = (tokenizer.encode(f" {side}", add_special_tokens=False)[0] for side in OTHER)
-    todo = [(i, s) for i in range(len(pairs)) for s in (False, True)]
-    todo.sort(key=lambda x: -len(pairs[x[0]].response_a + pairs[x[0]].response_b))
-    for start in tqdm(range(0, len(todo), batch), desc="verdict margins", disable=len(todo) < 64):
-        chunk = todo[start : start + batch]
-        packed = pack([example(replace(pairs[i], critiques=[]), s, tokenizer, params) for i, s in chunk], tokenizer.pad_token_id)
-        last = torch.tensor([torch.nonzero(packed["row_T"] == k).max() for k in range(len(chunk))])
-        at = logits(model, {**packed, **{k: packed[k][last] for k in ("row_T", "column_T")}})
-        for k, (i, s) in enumerate(chunk):
-            out[i, int(s)] = (at[k, a] - at[k, b]).item()
+    sides = [tokenizer.encode(f" {side}", add_special_tokens=False) for side in OTHER]
+    for i, pair in enumerate(tqdm(pairs, desc="verdict margins", disable=len(pairs) < 32)):
+        for swap in (False, True):
+            e = example(replace(pair, critiques=[]), swap, tokenizer, params)
+            opening = e.completions[0][0][:-1]
+            packed = shared_prefix.pack([e.prompt], [[opening + side for side in sides]], model.device)
+            a, b = shared_prefix.logps(model, packed)[0].reshape(2, -1)[:, -1].tolist()
+            out[i, int(swap)] = a - b
     return out

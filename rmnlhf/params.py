@@ -154,6 +154,9 @@ class Evaluation(Section):
 class Benchmarks(Section):
     names: list[str]
     rows: Positive
+    arm_rows: Positive | None  # None: rows
+    judges: list[str]
+    max_prompt: Positive | None  # None: policy.max_prompt
     votes: Positive
     own: list[str]  # JSONL files of PreferencePair rows, each one more benchmark
 

@@ -1,0 +1,112 @@
+"""The DVC graph itself: the real dvc.yaml, with commands that only write the stages' outputs in place of the notebooks."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rmnlhf import ROOT, params
+
+STAGES = {n: s for n, s in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items() if n != "params"}
+
+
+def paths(entries):
+    return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
+
+
+def test_one_stage_for_each_notebook():
+    assert sorted(STAGES) == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    for name, stage in STAGES.items():
+        assert stage["cmd"] == f"python -m rmnlhf.notebook {name}"
+        for dep in stage["deps"]:
+            assert dep == "data" or dep.startswith("results/") or (ROOT / dep).exists(), f"{name}: {dep}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_names_the_sections_that_its_notebook_reads(name):
+    """A section that is read and not named would leave stale results; `P.x` in a cell is what reads."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    named = set(STAGES[name]["params"][0]["results/params.yaml"])
+    read = {m for m in re.findall(r"\bP\.(\w+)", code) if m in params.Params.model_fields}
+    assert read <= named, read - named
+    written = set(re.findall(r"results/metrics/(\w+)\.json\"?, \"w", code))
+    assert not written or written == {name}
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A git repository with the real dvc.yaml and params, whose stages write a line each instead of running notebooks."""
+    top = tmp_path_factory.mktemp("repo")
+    spec = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    for name, stage in spec["stages"].items():
+        if name == "params":
+            continue
+        outs = paths(stage.get("outs", [])) + paths(stage.get("metrics", []))
+        stage["cmd"] = f"{sys.executable} fake.py {name} {' '.join(outs)}"
+        for dep in stage["deps"]:
+            if not dep.startswith("results/"):
+                target = top / dep
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    (target.mkdir(), (target / "x").write_text("x")) if not Path(dep).suffix else target.write_text(dep)
+    spec["stages"]["params"]["cmd"] = f"{sys.executable} -m rmnlhf.params -o results/params.yaml"
+    shutil.copy(ROOT / "params.yaml", top)
+    shutil.copy(ROOT / "rmnlhf" / "params.py", top / "rmnlhf" / "params.py")
+    (top / "dvc.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    (top / ".gitignore").write_text("results/\nran.txt\n")
+    (top / "fake.py").write_text(
+        "import pathlib, sys\n"
+        "open('ran.txt', 'a').write(sys.argv[1] + '\\n')\n"
+        "text = sys.argv[1] + pathlib.Path('results/params.yaml').read_text()\n"
+        "for out in map(pathlib.Path, sys.argv[2:]):\n"
+        "    out.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    if out.suffix: out.write_text('{\"x\": %d}' % len(text) if out.suffix == '.json' else text)\n"
+        "    else: out.mkdir(exist_ok=True); (out / 'f').write_text(text)\n"
+    )
+    run(top, "git", "init", "-q")
+    run(top, "dvc", "init", "-q")
+    run(top, "dvc", "config", "core.analytics", "false")
+    (top / "rmnlhf" / "__init__.py").unlink(missing_ok=True)
+    run(top, "dvc", "repro")
+    return top
+
+
+def run(top, *command, env=()):
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)} | dict(env)
+    done = subprocess.run(command, cwd=top, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def reran(top, *command, env=()):
+    (top / "ran.txt").write_text("")
+    run(top, *command, env=env)
+    return set((top / "ran.txt").read_text().split())
+
+
+def test_nothing_to_do_is_quick_and_does_nothing(repo):
+    start = time.time()
+    assert reran(repo, "dvc", "repro") == set()
+    assert time.time() - start < 5
+
+
+def test_a_section_reruns_what_uses_it_and_what_stands_on_that(repo):
+    change = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(change.replace("candidates: 5", "candidates: 6"))
+    assert reran(repo, "dvc", "repro") == {"08_downstream", "09_report"}
+    (repo / "params.yaml").write_text(change)
+    run(repo, "dvc", "repro")
+
+
+def test_a_profile_from_the_environment_reruns_everything(repo):
+    # stages whose outputs persist (training resumes in them) run again; the others come from DVC's cache on the way back
+    assert reran(repo, "dvc", "repro", env={"RMNLHF_PROFILE": "smoke"}) == set(STAGES)
+    assert params.load(repo / "results/params.yaml").profile == "smoke"
