@@ -1,13 +1,10 @@
 """One HTML file from the files of a run: what was run, the paper's claims beside this run's figures, curves, tables, figures,
 and the critique viewer. Nothing is computed that a file of the run does not hold, and a stage that did not run is said to be
 missing.
-
-    python -m rmnlhf.report            # results/ → results/report.html
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import hashlib
@@ -23,7 +20,8 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from . import ROOT, splits
+from . import ROOT, rewards, sources, splits
+from .grm import Judgement
 from .pairs import OTHER, PreferencePair, swap_sides
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -103,11 +101,15 @@ def _metrics(raw: bytes) -> dict:
 
 
 def flatten(data: dict, path: str = "") -> dict:
-    """Nested metrics → {"a.b": leaf}; {"mean", ...} stays one leaf, lists are left out."""
+    """Nested metrics → {"a.b": leaf}; {"mean", "low", "high", "n"} is one leaf, what else stands beside it gets its own key."""
     out = {}
     for key, value in data.items():
-        if isinstance(value, dict) and "mean" not in value:
-            out |= flatten(value, f"{path}{key}.")
+        rest = value
+        if isinstance(value, dict) and "mean" in value:
+            out[path + key] = {k: value[k] for k in ("mean", "low", "high", "n") if k in value}
+            rest = {k: v for k, v in value.items() if k not in out[path + key]}
+        if isinstance(rest, dict):
+            out |= flatten(rest, f"{path}{key}.")
         elif not isinstance(value, list):
             out[path + key] = value
     return out
@@ -190,8 +192,12 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
     out = []
     for claim in yaml.safe_load(path.read_text(encoding="utf-8")):
         stage, key = claim.get("stage"), claim.get("key")
-        value = (run.metrics.get(stage) or {}).get(key)
+        metrics = run.metrics.get(stage) or {}
+        value = metrics.get(key)
         word, why = judge(claim, value, ran=stage in run.metrics, generated=generated)
+        for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
+            if value is not None and metrics.get(other) != wanted:
+                word, why = NOT_TESTABLE, f"{other} is {metrics.get(other)}, the claim needs {wanted}"
         out.append({**claim, "value": value, "word": word, "why": why, "file": f"metrics/{stage}.json" if value is not None else None})
     return out
 
@@ -312,13 +318,13 @@ def viewer(run: Run, limit: int = 2000) -> dict:
         for row in rows:
             by_pair.setdefault(str(row.get("pair_id", row["id"])), []).append(row)
         for pair_id, mine in by_pair.items():
-            shown = [_judgement(r, r.get("order") == "ba") for r in sorted(mine, key=lambda r: r.get("order") or "")]
+            shown = [_judgement(r, r.get("order") == "ba", run.params) for r in sorted(mine, key=lambda r: r.get("order") or "")]
             entries.append({"arm": arm, "set": "held-out", "pair": pair_id, "source": mine[0].get("source"), "shown": shown})
     rank = {i: hashlib.sha256(i.encode()).digest() for i in {e["pair"] for e in entries}}
-    entries.sort(key=lambda e: (rank[e["pair"]], e["pair"]))
+    entries.sort(key=lambda e: (e["pair"] not in run.pairs, rank[e["pair"]], e["pair"]))  # pairs whose texts are known first
     training = [
         {"arm": arm, "set": "training", "pair": str(r["pair_id"]), "source": r.get("source"), "step": r.get("step"),
-         "shown": [_judgement(r, bool(r.get("swap")))]}
+         "shown": [_judgement(r, bool(r.get("swap")), run.params)]}
         for arm, rows in run.rollouts.items() for r in rows
     ]  # fmt: skip
     training.sort(key=lambda e: -(e["step"] or 0))
@@ -335,8 +341,9 @@ def _texts(pair: PreferencePair) -> dict:
     }  # fmt: skip
 
 
-def _judgement(row: dict, swap: bool) -> dict:
-    """One judgement for the page, in the pair's own order; rows hold it as shown to the model."""
+def _judgement(row: dict, swap: bool, p: dict | None) -> dict:
+    """One judgement for the page, in the pair's own order; rows hold it as shown to the model. A held-out row gets the reward
+    that it would have earned with its human critiques."""
 
     def side(letter):
         return OTHER.get(letter, letter) if swap else letter
@@ -353,14 +360,20 @@ def _judgement(row: dict, swap: bool) -> dict:
     verdict = row.get("verdict")
     correct = bool(row["correct"]) if row.get("correct") is not None else verdict is not None and verdict == row.get("label")
     f1 = finite(row.get("f1", row.get("process")))
-    rewards = {k: finite(row.get(k)) for k in ("outcome", "process", "metarm", "reward") if k in row}
-    inconsistent = row.get("inconsistent")
+    parts = {k: finite(row.get(k)) for k in ("outcome", "process", "metarm", "reward") if k in row}
+    if not parts and p and row.get("label") in OTHER and row.get("correct") is not None:
+        said, r = Judgement(row.get("critique"), verdict, row.get("error")), p["reward"]
+        total = rewards.composite(said, row["label"], f1, r["weight"], r["gated"], r["binary"], p["similarity"]["threshold"])
+        parts = {"outcome": rewards.outcome(said, row["label"]), "process": f1, "reward": finite(total)}
+    inconsistent = finite(row.get("inconsistent"))
+    if "inconsistent" not in row and correct and f1 is not None and p:
+        inconsistent = f1 < p["similarity"]["threshold"]
     return {
         "order": "ba" if swap else "ab", "verdict": side(verdict), "correct": correct, "error": row.get("error") or None,
         "critique": own(row.get("critique")) or "", "text": row.get("text") if not row.get("critique") else None, "f1": f1,
-        "inconsistent": None if finite(inconsistent) is None else bool(inconsistent),
+        "inconsistent": None if inconsistent is None else bool(inconsistent),
         "arguments": arguments("arguments"), "reference": arguments("reference"), "matches": row.get("matches") or [],
-        "precision": finite(row.get("precision")), "recall": finite(row.get("recall")), "rewards": rewards,
+        "precision": finite(row.get("precision")), "recall": finite(row.get("recall")), "rewards": parts,
     }  # fmt: skip
 
 
@@ -391,7 +404,7 @@ def build(results: str | Path = "results", out: str | Path | None = None) -> Pat
 
 def island(data) -> str:
     """JSON that can stand inside <script>: no text of the data can end the element or open another."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None), ensure_ascii=False)  # NaN → null
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
@@ -420,29 +433,17 @@ def limits(run: Run, found: list[dict]) -> list[str]:
     return out
 
 
-def model_card(results: str | Path, base: str, adapter: str, arm: str, licences: dict[str, str] | None = None) -> str:
-    """Markdown model card of one arm: data and licences, training, and this run's own figures with file and key.
-
-    base, adapter: names of the base model and of the exported one; licences: source → licence."""
+def model_card(params, adapter: str | Path, results: str | Path = "results") -> str:
+    """Markdown model card of the adapter of one arm (its folder stands in results/runs/<arm>/): data and licences, training, and
+    this run's own figures for the arm, each with its file and key."""
     run = collect(results)
-    p = run.params or {}
+    arm = Path(adapter).resolve().parent.name
     figures = [
-        (stage, key, value) for stage in ("03_cold_start", "05_grpo_offline", "06_grpo_online", "07_benchmarks")
-        for key, value in run.metrics.get(stage, {}).items()
+        (stage, key, value) for stage in STAGES for key, value in run.metrics.get(stage, {}).items()
         if arm in key.split(".") and isinstance(value, dict) and value.get("n")
     ]  # fmt: skip
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     return env.get_template("model_card.md.j2").render(
-        base=base, adapter=adapter, arm=arm, licences=licences or {}, params=p, figures=figures, show=show, commit=commit(),
-        versions=versions(), limits=limits(run, []), data=run.source,
+        params=params, arm=arm, figures=figures, show=show, commit=commit(), versions=versions(), limits=limits(run, []),
+        licences={s: sources.licence(s) if s in sources.names() else "the owner's" for s in (run.source or "").split("+") if s},
     )  # fmt: skip
-
-
-def main():
-    ap = argparse.ArgumentParser(description="Write the HTML report of a run.")
-    ap.add_argument("results", nargs="?", default="results")
-    print(build(ap.parse_args().results))
-
-
-if __name__ == "__main__":
-    main()

@@ -138,6 +138,15 @@ def test_generated_pairs_do_not_test_a_claim_about_people():
     assert report.judge(CLAIM, figure(0.1, 0.05, 0.2), ran=False) == ("not testable here", "stage 05_grpo_offline did not run")
 
 
+def test_a_figure_that_means_something_else_tests_nothing(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    for reference, word in (("outcome", "reproduced"), ("longer", "not testable here")):
+        metrics = {"reference": reference, "paired": {"human": {"all": figure(0.05, 0.01, 0.09, 400) | {"p_holm": 0.01}}}}
+        (tmp_path / "metrics/07_benchmarks.json").write_text(json.dumps(metrics))
+        [claim] = [c for c in report.claims(report.collect(tmp_path)) if c["id"] == "benchmarks"]
+        assert claim["word"] == word
+
+
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 500))
 def test_reproduced_means_the_interval_clears_the_bound(mean, below, above, n):
     value = figure(mean, mean - below, mean + above, n)
@@ -198,6 +207,15 @@ def test_the_same_results_give_the_same_page(tmp_path):
     assert report.build(folder).read_bytes() == report.build(folder, out=tmp_path / "again.html").read_bytes()
 
 
+def test_flatten_keeps_what_stands_beside_a_mean():
+    got = report.flatten({"a": {"b": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9, "valid": 1.0}, "c": [1]}, "d": None})
+    assert got == {"a.b": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "a.b.valid": 1.0, "d": None}
+
+
+def test_missing_numbers_become_null_in_the_island():
+    assert json.loads(report.island({"x": [math.nan, 1.5]})) == {"x": [None, 1.5]}
+
+
 @given(st.text())
 def test_no_text_leaves_the_data_island(text):
     got = report.island({"x": [text + ATTACK]})
@@ -226,11 +244,30 @@ def test_viewer_limit_keeps_held_out_rows_first(tmp_path):
 
 def test_model_card_has_data_licences_and_this_runs_figures(tmp_path):
     folder = make_results(tmp_path / "results")
+    p = params.load(profile="smoke")
     (folder / "metrics/05_grpo_offline.json").write_text(json.dumps({"human": {"f1": figure(0.31, 0.25, 0.37, 200)}, "outcome": {"f1": figure(0.2, 0.1, 0.3)}}))
-    card = report.model_card(folder, base="smollm2-135m", adapter="rmnlhf-human", arm="human", licences={"debates": "CC BY 4.0"})
+    card = report.model_card(p, folder / "runs/human/adapter", folder)
     assert "| metrics/05_grpo_offline.json | human.f1 | 0.310 [0.250, 0.370], n = 200 |" in card and "outcome.f1" not in card
-    assert "`debates`: CC BY 4.0" in card and "base_model: smollm2-135m" in card
-    assert "None: no metrics file" in report.model_card(tmp_path, "b", "a", "human")
+    assert "`debates`: the owner's" in card and f"base_model: {p.policy.model}" in card
+    splits.save(splits.Splits([make_pair(1)], [], [], {}, {}, "controlled"), folder / "splits")
+    assert "`controlled`: Apache-2.0" in report.model_card(p, folder / "runs/human/adapter", folder)
+    (tmp_path / "empty").mkdir()
+    bare = report.model_card(p, "elsewhere/runs/human/adapter", tmp_path / "empty")
+    assert "None: no metrics file" in bare and "is unknown" in bare
+
+
+def test_held_out_rows_show_the_reward_they_would_earn(tmp_path):
+    """Rows as benchmarks.runner.evaluate writes them have no rewards: right verdict, wrong verdict, no verdict, no human critique."""
+    folder = make_results(tmp_path / "results")
+    rows = [judgement_row(make_pair(i), "ab", "human", v, f) for i, v, f in ((1, "A", 0.8), (3, "A", 0.2), (5, "B", 0.9), (7, None, 0.0), (9, "A", math.nan))]
+    rows = [{k: v for k, v in r.items() if k not in ("outcome", "process", "reward")} for r in rows]
+    write_jsonl(folder / "judgements/human.jsonl", rows)
+    run = report.collect(folder)
+    got = {e["pair"]: e["shown"][0]["rewards"] for e in report.viewer(run)["entries"] if e["arm"] == "human" and e["set"] == "held-out"}
+    assert {k: (v["outcome"], v["reward"]) for k, v in got.items()} == {
+        "debates-1": (1.0, 1.5), "debates-3": (1.0, 1.0), "debates-5": (0.0, 0.0), "debates-7": (-1.0, -1.0), "debates-9": (1.0, 1.0),
+    }  # fmt: skip
+    assert got["debates-9"]["process"] is None
 
 
 # ---- the page in a browser -----------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@
   function judgementBody(j) {
     const points = j.matches.map((m, k) => [(j.arguments[m[0]] || { text: "" }).text, k % POINT_COLOURS]);
     const body = make("div", {});
-    if (j.error) body.append(make("p", { class: "warn" }, "Format error: " + j.error));
+    if (j.error) body.append(make("p", { class: "warn" }, "No verdict: " + j.error));
     body.append(make("p", { class: "text long", tabindex: "0" }, ...marked(j.critique || j.text || "(empty)", points)));
     if (j.arguments.length || j.reference.length) body.append(make("h4", {}, "Points: model beside human"), pointList(j));
     body.append(rewardTable(j));
