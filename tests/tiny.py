@@ -107,3 +107,9 @@ def train(folder, arm="online", model_=None, monkeypatch=None, **overrides):
     grpo.grm.parse_judgement, rewards.process_rewards = read_anything, compare_anything
     metarm = Linear() if arm in ("offline", "online") else None
     return grpo.train(arm, settings(**overrides), splits=splits(), metarm=metarm, model=(model_ or model(True), tokenizer()), run=folder)
+
+
+def copy_merged(model):
+    import copy
+
+    return copy.deepcopy(model).merge_and_unload()

@@ -1,0 +1,402 @@
+"""GRPO: the packed update against trl's padded one, rewards that belong to their completion, bad input, resume."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from rmnlhf import ROOT, grpo, rewards, shared_prefix
+from rmnlhf.pairs import PreferencePair, fingerprint
+from rmnlhf.similarity import Similarity
+
+P1, P2 = list(range(100, 130)), list(range(200, 217))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def readable(monkeypatch):
+    """The tiny policy writes noise: parser and similarity answer by the text's hash."""
+    monkeypatch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
+    monkeypatch.setattr(rewards, "process_rewards", tiny.compare_anything)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- the shared prefix
+def batch(groups, advantages=None, pad=2):
+    """trl's padded batch from [(prompt, [completions])]; an empty completion is a masked one."""
+    rows = [(p, c) for p, members in groups for c in members]
+    width, depth = max(len(p) for p, _ in rows), max(max(len(c) for _, c in rows), 1)
+    out = {k: torch.full((len(rows), n), pad) for k, n in (("prompt_ids", width), ("completion_ids", depth))}
+    out |= {k.replace("ids", "mask"): torch.zeros_like(v) for k, v in out.items()}
+    for i, (p, c) in enumerate(rows):
+        out["prompt_ids"][i, width - len(p) :], out["prompt_mask"][i, width - len(p) :] = torch.tensor(p), 1
+        out["completion_ids"][i, : len(c)], out["completion_mask"][i, : len(c)] = torch.tensor(c, dtype=torch.long), 1
+    generator = torch.Generator().manual_seed(3)
+    out["advantages"] = torch.randn(len(rows), generator=generator) if advantages is None else torch.tensor(advantages)
+    out["num_items_in_batch"] = out["completion_mask"].sum()
+    return out
+
+
+def trainer(tokenizer, tmp_path, packed=True, beta=0.04, **overrides):
+    from datasets import Dataset
+
+    settings = tiny.settings(**{"grpo.group": 4, "grpo.shared_prefix": packed} | overrides)
+    pairs = tiny.pairs(4)
+    reward = grpo.RewardFunction("outcome", settings, pairs)
+    rows = [{"prompt": p.id, "pair_id": p.id, "swap": 0} for p in pairs]
+    model = tiny.model(lora=True)
+    out = grpo.Trainer(
+        model, reward, grpo.arguments(settings, tmp_path, 1), Dataset.from_list(rows), processing_class=tokenizer,
+        encoded={p.id: [5, 6, 7 + i] for i, p in enumerate(pairs)}, engine=None, run=tmp_path, params=settings, beta=beta, seed=1,
+    )  # fmt: skip
+    out.current_gradient_accumulation_steps = 1
+    return out
+
+
+def gradient(trainer, inputs, rows=None):
+    """(loss, gradient as one vector) of the batch, through trl's loss."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    parts = trainer.packs(inputs) if rows is None else rows
+    total = 0.0
+    for index in parts:
+        part = {k: v[index] if torch.is_tensor(v) and v.ndim else v for k, v in inputs.items()}
+        loss = trainer.pack_loss(trainer.model, part)
+        loss.backward()
+        total += float(loss.detach())
+    return total, torch.cat([w.grad.flatten() for w in trainer.model.parameters() if w.grad is not None])
+
+
+LAYOUTS = {
+    "groups of unequal lengths": [(P1, [[7, 8, 9, 10], [7], [9, 9], [11] * 9]), (P2, [[3, 4], [5, 6, 7], [8] * 6, [3]])],
+    "one group left over": [(P2, [[7, 8, 9, 10], [7, 8], [9], [5] * 7])],
+    "masked and empty completions": [(P1, [[7, 8, 9], [], [4, 5], []]), (P2, [[], [3, 4], [5], [6, 7]])],
+    "one prompt twice": [(P1, [[7, 8], [9, 10], [3], [4]]), (P1, [[5, 6], [7], [8, 9, 9], [2]])],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradient_equals_that_of_trls_padded_loss(tokenizer, tmp_path, name):
+    inputs = batch(LAYOUTS[name])
+    ours = trainer(tokenizer, tmp_path)
+    assert ours.packed
+    whole = [torch.arange(len(inputs["advantages"]))]
+    loss, found = gradient(ours, inputs, whole)
+    ours.packed = False
+    wanted_loss, wanted = gradient(ours, inputs, whole)
+    assert wanted.norm() > 1e-4
+    assert (found - wanted).norm() / wanted.norm() <= 1e-5
+    assert loss == pytest.approx(wanted_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [30, 60, 100, 4000])
+def test_token_budget_changes_neither_loss_nor_gradient(tokenizer, tmp_path, budget):
+    inputs = batch(LAYOUTS["groups of unequal lengths"])
+    whole_loss, whole = gradient(trainer(tokenizer, tmp_path, **{"grpo.token_budget": 4000}), inputs)
+    ours = trainer(tokenizer, tmp_path, **{"grpo.token_budget": budget})
+    packs = ours.packs(inputs)
+    assert sorted(torch.cat(packs).tolist()) == list(range(8))
+    assert len(packs) == {30: 8, 60: 3, 100: 1, 4000: 1}[budget] or budget in (30, 60)
+    loss, found = gradient(ours, inputs)
+    assert (found - whole).norm() / whole.norm() <= 1e-5 and loss == pytest.approx(whole_loss, abs=1e-6)
+
+
+def test_a_pack_is_what_its_parts_are_alone(tokenizer):
+    model = tiny.model().eval()
+    groups = LAYOUTS["groups of unequal lengths"]
+    p = shared_prefix.pack([g[0] for g in groups], [g[1] for g in groups])
+    assert p.ids.shape[1] == sum(shared_prefix.size(*g) for g in groups)
+    with torch.no_grad():
+        found, entropy = shared_prefix.logps(model, p, 0.8)
+        for row, (prompt, c) in enumerate((a, c) for a, members in groups for c in members):
+            logits = model(torch.tensor([prompt + c])).logits[0, len(prompt) - 1 : -1] / 0.8
+            logp = logits.log_softmax(-1)
+            torch.testing.assert_close(found[p.row == row], logp.gather(-1, torch.tensor(c)[:, None])[:, 0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(entropy[p.row == row], -(logp.exp() * logp).sum(-1), atol=1e-4, rtol=1e-4)
+    assert shared_prefix.prepare(model)
+
+
+def test_attention_that_cannot_take_the_mask_falls_back_with_a_message(caplog):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    class Blind(MistralForCausalLM):  # attends to everything before it, whatever the mask says
+        def forward(self, *args, attention_mask=None, **kwargs):
+            return super().forward(*args, attention_mask=None, **kwargs)
+
+    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                           initializer_range=0.5)  # fmt: skip
+    model = Blind(config)
+    assert not shared_prefix.prepare(model)
+    assert "training padded" in caplog.text and "Blind" in caplog.text
+
+
+def test_reference_is_the_adapter_switched_off(tokenizer, tmp_path):
+    """With k3 and a policy equal to its reference the KL term has no gradient; with an adapter it has."""
+    inputs = batch(LAYOUTS["one group left over"], advantages=[1e-30, 1e-30, 1e-30, 1e-30])
+    ours = trainer(tokenizer, tmp_path, beta=1.0)
+    _, moved = gradient(ours, inputs)
+    assert moved.norm() > 1e-4
+    for name, weight in ours.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.zero_()
+    _, still = gradient(ours, inputs)
+    assert still.norm() < 1e-6
+
+
+# --- advantage
+def test_advantage_of_hand_written_groups():
+    r = torch.tensor([[0.0, 1.0, 1.5, -1.0], [1.0, 1.0, 1.0, 1.0], [1.0, math.nan, 0.0, math.nan], [math.nan, 1.0, math.nan, math.nan]])
+    a = grpo.advantages(r)
+    group = [0.0, 1.0, 1.5, -1.0]
+    mean = sum(group) / 4
+    std = math.sqrt(sum((x - mean) ** 2 for x in group) / 3)
+    assert a[0].tolist() == pytest.approx([(x - mean) / (std + 1e-6) for x in group], abs=1e-6)
+    assert a[1].tolist() == [0.0] * 4
+    assert a[2].tolist() == pytest.approx([0.5**0.5, 0.0, -(0.5**0.5), 0.0], abs=1e-5)
+    assert a[3].tolist() == [0.0] * 4
+    assert grpo.advantages(torch.tensor([[0.3]])).tolist() == [[0.0]]  # N = 1
+    assert grpo.advantages(torch.full((1, 8), 0.1)).abs().max() == 0  # equal up to rounding
+
+
+# --- rewards belong to their completions
+def test_alignment_under_shuffling_and_repeated_prompts():
+    settings, pairs = tiny.settings(), tiny.pairs(40) + tiny.pairs(20, critiques=False, source="plain")
+    metarm = tiny.Linear()
+    metarm.weights = torch.tensor([0.7, 0.9])
+    reward = grpo.RewardFunction("offline", settings, pairs, metarm)
+    rng, mismatches, seen = random.Random(0), 0, 0
+    by_id = {p.id: p for p in pairs}
+    while seen < 10_000:
+        rows = [(rng.choice(pairs).id, rng.randrange(2), f"text {rng.randrange(10**6)}") for _ in range(500)]
+        rows += rng.sample(rows, 100)
+        rng.shuffle(rows)
+        ids, swaps, texts = map(list, zip(*rows))
+        got = reward(prompts=texts, completions=texts, pair_id=ids, swap=swaps)
+        for (i, swap, text), value, line in zip(rows, got, reward.rows):
+            pair = by_id[i].swapped() if swap else by_id[i]
+            said = tiny.read_anything(text)
+            f1 = fingerprint("f1", said.critique) % 101 / 100
+            if said.error:
+                wanted = -1.0
+            elif said.verdict != pair.label:
+                wanted = 0.0
+            elif pair.critiques:
+                wanted = 1.0 + 0.5 * (f1 >= 0.5)
+            else:
+                m = float(torch.tensor([fingerprint("x", said.critique) % 7 / 7, 1.0]) @ metarm.weights)
+                wanted = 1.0 + min(max(m - 1, 0.0), 0.5)
+            mismatches += abs(value - wanted) > 1e-6 or (line["pair_id"], line["text"]) != (i, text)
+            seen += 1
+    assert mismatches == 0
+
+
+def test_online_updates_on_human_rows_before_it_scores_the_others():
+    settings = tiny.settings()
+    pairs = tiny.pairs(3, source="a tag nobody knows") + tiny.pairs(3, critiques=False, source="Helpsteer3_A")
+    metarm = tiny.Linear()
+    reward = grpo.RewardFunction("online", settings, pairs, metarm)
+    texts = [f"critique {i}" for i in range(60)]
+    ids = [pairs[i % 6].id for i in range(60)]
+    reward(prompts=texts, completions=texts, pair_id=ids, swap=[i % 2 for i in range(60)])
+    (first, updated), (second, scored) = metarm.calls
+    assert (first, second) == ("update", "score")
+    said = [tiny.read_anything(t) for t in texts]
+    human = [t for t, i, j in zip(texts, ids, said) if "nobody" in i and not j.error]
+    assert [r["critique"] for r in updated] == human and {0.0, 1.0, 1.5} == {r["target"] for r in updated}  # wrong verdicts kept
+    assert [r["critique"] for r in scored] == [t for t, i, j in zip(texts, ids, said) if "Helpsteer3" in i and not j.error]
+    assert all(r["metarm"] is None for r in reward.rows if "nobody" in r["pair_id"])
+
+
+def test_a_run_without_any_human_critique_stops():
+    for arm in ("human", "online"):
+        with pytest.raises(rewards.ProcessRewardError, match="none of 3 training pairs"):
+            grpo.RewardFunction(arm, tiny.settings(), tiny.pairs(3, critiques=False), tiny.Linear())
+    with pytest.raises(ValueError, match="'both'.*outcome, human, offline, online"):
+        grpo.RewardFunction("both", tiny.settings(), tiny.pairs(3))
+
+
+def test_missing_process_reward_is_masked_counted_and_stops_the_run_when_frequent(monkeypatch):
+    share = {"failing": 7}
+
+    def judge(critiques, references, **options):
+        return [Similarity(*[math.nan if i % share["failing"] == 0 else 1.0] * 3) if r else None for i, r in enumerate(references)]
+
+    monkeypatch.setattr(rewards, "process_rewards", judge)
+    reward, texts = grpo.RewardFunction("human", tiny.settings(), tiny.pairs(2)), [f"t {i}" for i in range(60)]
+    ids = [f"any-{i % 2}" for i in range(60)]
+    got = reward(prompts=texts, completions=texts, pair_id=ids, swap=[0] * 60)
+    assert any(r is None for r in got)
+    lost = [r for r in reward.rows if r["reward"] is None]
+    assert reward.figures["masked"] == len(lost) == sum(r is None for r in got)
+    assert all(r["verdict"] == r["label"] for r in lost)  # a wrong verdict's reward is known without the judge
+    assert reward.figures["missing"] >= len(lost)
+    share["failing"] = 2
+    with pytest.raises(rewards.ProcessRewardError, match="reward.max_missing allows 20%"):
+        for _ in range(3):
+            reward(prompts=texts, completions=texts, pair_id=ids, swap=[0] * 60)
+
+
+def test_arms_see_the_same_prompts_and_hidden_critiques_only_in_human():
+    settings, splits = tiny.settings(**{"grpo.steps": 9, "grpo.prompts": 3}), tiny.splits()
+    shown = {arm: grpo.prompts(arm, settings, splits, 7) for arm in grpo.ARMS}
+    rows = shown["human"][1]
+    assert all(r == rows for _, r in shown.values()) and len(rows) == 27
+    assert {r["swap"] for r in rows} == {0, 1}
+    first, again = rows[:12], rows[12:24]  # 12 pairs, then the same ones in the other order
+    assert all(a["pair_id"] == b["pair_id"] and a["swap"] != b["swap"] for a, b in zip(first, again))
+    for arm, (pairs, _) in shown.items():
+        hidden = [p for p in pairs if p.id.startswith("hidden")]
+        assert hidden and all(bool(p.critiques) == (arm == "human") for p in hidden)
+    assert grpo.prompts("human", settings, splits, 8)[1] != rows
+
+
+# --- whole runs
+def rows(run, name="metrics.jsonl"):
+    return [json.loads(x) for x in (Path(run) / name).read_text().splitlines()]
+
+
+def weights(run):
+    from safetensors.torch import load_file
+
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run with MetaRM online."""
+    folder = tmp_path_factory.mktemp("runs") / "online"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
+    patch.setattr(rewards, "process_rewards", tiny.compare_anything)
+    run = tiny.train(folder)
+    patch.undo()
+    return run
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import tiny
+from rmnlhf import grpo
+save, count = grpo.Trainer._save_checkpoint, []
+def second(self, *args):
+    count.append(1)
+    if len(count) == {at}:
+        {how}
+    save(self, *args)
+grpo.Trainer._save_checkpoint = second
+tiny.train({run!r})
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_rewards_and_weights(finished, tmp_path):
+    run = tmp_path / "killed"
+    how = "part = self.run / 'checkpoints' / 'checkpoint-2.part' / 'checkpoint-2'; part.mkdir(parents=True); os._exit(9)"
+    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), run=str(run), at=2, how=how)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 9, done.stderr[-2000:]
+    assert len(rows(run)) == 2 and [p.name for p in grpo.checkpoints(run)] == ["checkpoint-1"]  # step 2 was recorded, not saved
+    with (run / "rollouts.jsonl").open("a") as f:
+        f.write('{"step": 2, "half a li')
+    tiny.train(run)
+    assert rows(run) == rows(finished)
+    assert rows(run, "rollouts.jsonl") == rows(finished, "rollouts.jsonl")
+    a, b = weights(run), weights(finished)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    metarm = [torch.load(grpo.checkpoints(r)[-1] / "reward.pt")["metarm"] for r in (run, finished)]
+    assert all(torch.equal(metarm[0][k], metarm[1][k]) for k in metarm[0])
+    assert not list((run / "checkpoints").glob("*.part"))
+
+
+def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, tmp_path):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    tiny.train(finished)
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+    other = tmp_path / "run"
+    tiny.train(other, "outcome", **{"grpo.steps": 1})
+    tiny.train(other, "outcome", **{"grpo.steps": 2})
+    assert [r["step"] for r in rows(other)] == [1, 2]
+
+
+def test_records_of_a_run(finished):
+    metrics, rollouts = rows(finished), rows(finished, "rollouts.jsonl")
+    assert [r["step"] for r in metrics] == [1, 2, 3] and len(rollouts) == 3 * 8
+    wanted = {"loss", "reward", "outcome", "process", "metarm", "metarm_loss", "kl", "clip_share", "degenerate_groups", "tokens", "cut_share",
+              "format_errors", "masked", "missing"}  # fmt: skip
+    assert wanted <= set(metrics[0])
+    assert all(m["clip_share"] == 0 for m in metrics)  # strictly on-policy
+    for m in metrics:
+        mine = [r for r in rollouts if r["step"] == m["step"]]
+        assert m["reward"] == pytest.approx(sum(r["reward"] for r in mine) / 8)
+        for i in range(0, 8, 4):
+            assert len({(r["pair_id"], r["swap"]) for r in mine[i : i + 4]}) == 1
+            a = grpo.advantages(torch.tensor([[r["reward"] for r in mine[i : i + 4]]]))
+            assert a[0].tolist() == pytest.approx([r["advantage"] for r in mine[i : i + 4]], abs=1e-6)
+    assert {"adapter", "config.yaml", "checkpoints", "tensorboard", "dvclive"} <= {p.name for p in finished.iterdir()}
+
+
+@pytest.mark.parametrize("case", ["equal", "nan", "missing", "one rollout", "empty", "long prompt"])
+def test_bad_input_gives_a_finite_loss(case, tmp_path, monkeypatch):
+    overrides = {"grpo.steps": 1}
+    call = grpo.RewardFunction.__call__
+    if case == "equal":
+        monkeypatch.setattr(grpo.RewardFunction, "__call__", lambda *a, **k: [0.5] * len(call(*a, **k)))
+    elif case in ("nan", "missing"):
+        value = float("nan") if case == "nan" else None
+        monkeypatch.setattr(grpo.RewardFunction, "__call__", lambda *a, **k: [value, 1.0, *call(*a, **k)[2:]])
+    elif case == "one rollout":
+        overrides["grpo.group"] = 1
+    elif case == "empty":
+        from rmnlhf import rollout
+
+        real = rollout.TransformersEngine.generate
+        nothing = rollout.Completion([], [], "", True)
+        monkeypatch.setattr(rollout.TransformersEngine, "generate", lambda *a, **k: [[nothing, *g[1:]] for g in real(*a, **k)])
+    else:
+        long = [PreferencePair(p.id, p.source, p.group, p.context, p.response_a * 200, p.response_b * 150, p.label, p.critiques)
+                for p in tiny.splits().train]  # fmt: skip
+        splits = tiny.splits()
+        splits.train = long
+        monkeypatch.setattr(tiny, "splits", lambda: splits)
+    run = tiny.train(tmp_path / "run", "outcome", **overrides)
+    (line,) = rows(run)
+    assert math.isfinite(line["loss"])
+    start = tiny.model(True).state_dict()
+    moved = max(float((w - start[k.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")]).abs().max()) for k, w in weights(run).items())
+    if case in ("equal", "one rollout"):
+        assert line["degenerate_groups"] == 1.0 and line["loss"] == 0.0 and moved == 0.0
+    else:
+        assert moved > 0
+    if case in ("nan", "missing"):
+        assert rows(run, "rollouts.jsonl")[0]["advantage"] == 0.0
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shared_prefix, "logps", full)
+    monkeypatch.setattr(shared_prefix, "prepare", lambda model: True)
+    with pytest.raises(RuntimeError, match="lower grpo.token_budget .*policy.max_prompt.*gradient_checkpointing"):
+        tiny.train(tmp_path / "run", "outcome")
+
+
+def test_a_run_without_a_cold_start_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="03_cold_start"):
+        grpo.start(tiny.settings())
+    assert grpo.start(tiny.settings(**{"cold_start.enabled": "false"})) is None

@@ -1,0 +1,173 @@
+"""Rollouts: what is drawn, its log-probabilities, and that neither batch, order nor early stops change it (fp32)."""
+
+import types
+
+import pytest
+import tiny
+import torch
+
+from rmnlhf import rollout
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model().eval()
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], list(range(20, 60)), [5, 6, 7, 8, 9]]
+
+
+def draw(model, tokenizer, prompts=PROMPTS, n=3, tokens=12, **options):
+    options = {"temperature": 0.9, "seed": 1, "dtype": torch.float32} | options
+    return rollout.generate(model, tokenizer, prompts, n, tokens, **options)
+
+
+def plain(model, prompt, ids, temperature):
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def ending(model, share=0.2):
+    """A copy whose end token (2) comes often, so that rows finish at different times."""
+    model = tiny.model().eval()
+    head = torch.nn.Linear(32, 49152)
+    head.weight.data = model.lm_head.weight.data.clone()
+    head.bias.data.zero_()
+    head.bias.data[2] = torch.log(torch.tensor(share * 60000.0)) + 2
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6, 64])
+def test_batch_size_and_early_stops_change_nothing(tokenizer, batch):
+    model = ending(None)
+    reference = draw(model, tokenizer, tokens=20, batch=64)
+    lengths = {len(c.ids) for g in reference for c in g}
+    assert len(lengths) > 3 and {c.finished for g in reference for c in g} == {True, False}
+    got = draw(model, tokenizer, tokens=20, batch=batch)
+    assert [[c.ids for c in g] for g in got] == [[c.ids for c in g] for g in reference]
+    for g, h in zip(got, reference):
+        for c, d in zip(g, h):
+            torch.testing.assert_close(torch.tensor(c.logprobs), torch.tensor(d.logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_order_of_prompts_changes_nothing(model, tokenizer):
+    one = draw(model, tokenizer, PROMPTS[:3])
+    other = draw(model, tokenizer, PROMPTS[:3][::-1])[::-1]
+    assert [[c.ids for c in g] for g in one] == [[c.ids for c in g] for g in other]
+
+
+def test_a_repeated_prompt_draws_anew_and_a_seed_decides(model, tokenizer):
+    out = draw(model, tokenizer)
+    assert [c.ids for c in out[0]] != [c.ids for c in out[3]]
+    assert len({tuple(c.ids) for c in out[0]}) == 3
+    assert [c.ids for c in draw(model, tokenizer)[1]] == [c.ids for c in out[1]]
+    assert [c.ids for c in draw(model, tokenizer, seed=2)[1]] != [c.ids for c in out[1]]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_logprobs_are_those_of_the_scaled_distribution(tokenizer, temperature):
+    model = ending(None)
+    for prompt, group in zip(PROMPTS, draw(model, tokenizer, temperature=temperature)):
+        for c in group:
+            wanted = plain(model, prompt, c.ids, temperature).float()
+            torch.testing.assert_close(torch.tensor(c.logprobs), wanted, atol=1e-4, rtol=1e-4)
+            assert c.finished == (c.ids[-1] == 2) and 2 not in c.ids[:-1]
+
+
+def test_greedy_is_the_argmax_at_each_place(model, tokenizer):
+    for prompt, (c,) in zip(PROMPTS, draw(model, tokenizer, n=1, temperature=0.0)):
+        with torch.no_grad():
+            best = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert best.tolist() == c.ids
+        torch.testing.assert_close(torch.tensor(c.logprobs), plain(model, prompt, c.ids, 1.0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20000, 1)
+    uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    token, lp = rollout._sample(logits, uniform, 0.7, 1.0)
+    wanted = (logits[0] / 0.7).softmax(-1)
+    torch.testing.assert_close(torch.bincount(token, minlength=4) / 20000, wanted, atol=0.01, rtol=0)
+    torch.testing.assert_close(lp, wanted.log()[token])
+    token, _ = rollout._sample(logits, uniform, 0.7, 0.9)  # the two likeliest hold 0.95: the others are never drawn
+    assert set(token.tolist()) == {1, 2}
+
+
+def test_an_adapter_is_merged_and_followed(tokenizer):
+    model = tiny.model(lora=True).eval()
+    prompt = PROMPTS[2]
+    before = draw(model, tokenizer, [prompt], n=2, temperature=1.0)[0]
+    for c in before:
+        torch.testing.assert_close(torch.tensor(c.logprobs), plain(model, prompt, c.ids, 1.0).float(), atol=1e-4, rtol=1e-4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data *= -4
+    after = draw(model, tokenizer, [prompt], n=2, temperature=1.0)[0]
+    assert [c.logprobs for c in after] != [c.logprobs for c in before]
+    for c in after:
+        torch.testing.assert_close(torch.tensor(c.logprobs), plain(model, prompt, c.ids, 1.0).float(), atol=1e-4, rtol=1e-4)
+    assert any("lora_" in n for n, _ in model.named_parameters())  # the policy itself stays as it was
+
+
+def test_half_precision_stays_near_the_trainer(tokenizer):
+    model = tiny.model(lora=True).eval()
+    off = []
+    for prompt, group in zip(PROMPTS, draw(model, tokenizer, n=8, dtype=torch.bfloat16, temperature=1.0)):
+        off += [(plain(model, prompt, c.ids, 1.0) - torch.tensor(c.logprobs)).abs() for c in group]
+    assert torch.cat(off).mean() < 0.06
+
+
+def test_what_cannot_be_completed_is_named(model, tokenizer):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        draw(model, tokenizer, [[5], []])
+    with pytest.raises(ValueError, match="prompt 0 has 1020 tokens.*context of 1024.*policy.max_prompt"):
+        draw(model, tokenizer, [[5] * 1020])
+
+
+def test_out_of_memory_says_what_to_lower(model, tokenizer, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rollout.TransformersEngine, "_decode", full)
+    with pytest.raises(RuntimeError, match="lower rollout.batch .*policy.max_completion"):
+        draw(model, tokenizer)
+
+
+def test_vllm_is_chosen_by_name_and_takes_merged_weights(monkeypatch, tokenizer):
+    """vLLM itself is not here: a stand-in records what it is handed."""
+    seen = {}
+
+    class LLM:
+        def __init__(self, **options):
+            seen["options"] = options
+
+        def collective_rpc(self, call):
+            call(types.SimpleNamespace(reload_weights=lambda weights_iterator: seen.update(weights=dict(weights_iterator))))
+
+        def reset_prefix_cache(self):
+            seen["reset"] = True
+
+        def generate(self, prompts, sampling, use_tqdm):
+            seen["prompts"], seen["sampling"] = prompts, sampling
+            out = types.SimpleNamespace(token_ids=[7, 2], logprobs=[{7: types.SimpleNamespace(logprob=-0.5)}, {2: types.SimpleNamespace(logprob=-1.0)}],
+                                        finish_reason="stop")  # fmt: skip
+            return [types.SimpleNamespace(outputs=[out] * sampling["n"]) for _ in prompts]
+
+    monkeypatch.setitem(__import__("sys").modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **k: k))
+    model = tiny.model(lora=True)
+    engine = rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "vllm"}))
+    engine.sync(model)
+    merged = tiny.copy_merged(model)
+    assert set(seen["weights"]) == {n for n, _ in merged.named_parameters()} and seen["reset"]
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(seen["weights"][name], weight.to(torch.bfloat16))
+    (group,) = engine.generate([[1, 2]], 2, 8, 0.7)
+    assert [(c.ids, c.logprobs, c.finished) for c in group] == [([7, 2], [-0.5, -1.0], True)] * 2
+    assert seen["options"]["max_model_len"] == 168
