@@ -22,7 +22,7 @@ import yaml
 
 from . import ROOT, rewards, sources, splits
 from .grm import Judgement
-from .pairs import OTHER, PreferencePair, swap_sides
+from .pairs import OTHER, PreferencePair, read_jsonl, swap_sides
 
 TEMPLATES = Path(__file__).parent / "templates"
 STAGES = {
@@ -82,14 +82,19 @@ def collect(results: str | Path = "results") -> Run:
     each("metrics/*.json", _metrics, run.metrics)
     each("timings/*.json", _metrics, run.timings)
     each("tables/*.csv", _table, run.tables)
-    each("figures/*.png", _png, run.figures)
-    each("judgements/*.jsonl", _rows, run.judgements)
+    each("figures/*.png", lambda raw: raw, run.figures)
+    files: dict[Path, list[dict]] = {}
+    each("judgements/**/*.jsonl", _rows, files, lambda p: p)  # several notebooks may judge with one arm
+    for path, rows in files.items():
+        run.judgements.setdefault(path.stem, []).extend(rows)
     each("runs/*/rollouts.jsonl", _rows, run.rollouts, lambda p: p.parent.name)
     if (folder / "splits" / "splits.json").exists():
         s = splits.load(folder / "splits")
         run.source = s.source
         for pair in [p for role in (s.train, s.hidden, s.unseen, *s.evaluation.values()) for p in role]:
             run.pairs[pair.id] = replace(pair, critiques=s.hidden_truth.get(pair.id, pair.critiques))
+    for path in sorted(folder.glob("splits/benchmarks/*.jsonl")):  # what 07 asked, where it is no evaluation pair of the splits
+        run.pairs |= {p.id: p for p in read_jsonl(path).pairs if p.id not in run.pairs}
     return run
 
 
@@ -118,12 +123,6 @@ def flatten(data: dict, path: str = "") -> dict:
 def _table(raw: bytes) -> tuple[list, list]:
     rows = list(csv.reader(raw.decode("utf-8").splitlines()))
     return (rows[0], rows[1:]) if rows else ([], [])
-
-
-def _png(raw: bytes) -> bytes:
-    if not raw.startswith(b"\x89PNG"):
-        raise ValueError("not a PNG file")
-    return raw
 
 
 def _rows(raw: bytes) -> list[dict]:
@@ -314,12 +313,13 @@ def viewer(run: Run, limit: int = 2000) -> dict:
     Sides (verdicts, arguments) are put in the pair's own order, critiques of the other order too."""
     entries = []
     for arm, rows in run.judgements.items():
-        by_pair: dict = {}
+        by_pair: dict = {}  # one judgement for each order
         for row in rows:
-            by_pair.setdefault(str(row.get("pair_id", row["id"])), []).append(row)
+            by_pair.setdefault(str(row["id"]), {})[row["order"]] = row
         for pair_id, mine in by_pair.items():
-            shown = [_judgement(r, r.get("order") == "ba", run.params) for r in sorted(mine, key=lambda r: r.get("order") or "")]
-            entries.append({"arm": arm, "set": "held-out", "pair": pair_id, "source": mine[0].get("source"), "shown": shown})
+            shown = [_judgement(mine[order], order == "ba", run.params) for order in sorted(mine)]
+            source = next(iter(mine.values())).get("source")
+            entries.append({"arm": arm, "set": "held-out", "pair": pair_id, "source": source, "shown": shown})
     rank = {i: hashlib.sha256(i.encode()).digest() for i in {e["pair"] for e in entries}}
     entries.sort(key=lambda e: (e["pair"] not in run.pairs, rank[e["pair"]], e["pair"]))  # pairs whose texts are known first
     training = [

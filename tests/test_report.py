@@ -193,11 +193,10 @@ def test_broken_files_are_named_and_the_rest_is_used(tmp_path):
     folder = make_results(tmp_path / "results")
     (folder / "metrics/02_core_similarity.json").write_text('{"x": ')
     (folder / "metrics/04_metarm.json").write_text("[1]")
-    (folder / "figures/02_x.png").write_bytes(b"half")
     with (folder / "judgements/human.jsonl").open("a") as f:
         f.write('{"id": "half-writ')
     run = report.collect(folder)
-    assert set(run.unreadable) == {"metrics/02_core_similarity.json", "metrics/04_metarm.json", "figures/02_x.png"}
+    assert set(run.unreadable) == {"metrics/02_core_similarity.json", "metrics/04_metarm.json"}
     assert len(run.judgements["human"]) == 24
     assert "metrics/02_core_similarity.json" in report.build(folder).read_text()
 
@@ -233,6 +232,16 @@ def test_viewer_puts_sides_in_the_pairs_own_order(tmp_path):
     rollout = next(e for e in data["entries"] if e["set"] == "training" and e["shown"][0]["order"] == "ba")
     assert rollout["shown"][0]["critique"].startswith("Response B gives a reason")
     assert rollout["shown"][0]["rewards"]["metarm"] == 1.2
+
+
+def test_judgements_of_several_notebooks_and_benchmark_texts(tmp_path):
+    folder = make_results(tmp_path / "results")
+    extra = make_pair(50, "bench")
+    write_jsonl(folder / "judgements/06/human.jsonl", [judgement_row(extra, o, "human", "A", 0.7) for o in ("ab", "ba")])
+    write_jsonl(folder / "splits/benchmarks/bench.jsonl", [extra])
+    data = report.viewer(report.collect(folder))
+    [entry] = [e for e in data["entries"] if e["pair"] == extra.id]
+    assert entry["arm"] == "human" and len(entry["shown"]) == 2 and data["pairs"][extra.id]["a"] == extra.response_a
 
 
 def test_viewer_limit_keeps_held_out_rows_first(tmp_path):
