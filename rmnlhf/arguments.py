@@ -44,12 +44,12 @@ class Argument:
 _LEXICON = """
 accuracy: correct accurate right true truthful precise exact valid proper sound realistic verify faithful authentic | incorrect
   inaccurate wrong false untrue erroneous mistaken mistake error hallucinate hallucination fabricate fabricated misleading flawed flaw
-  invalid misinformation bug buggy fault faulty imprecise nonexistent bogus misinterpret misunderstand misunderstood misconception
+  invalid misinformation bug buggy fault faulty inaccuracies miscalculate misstate imprecise nonexistent bogus misinterpret misunderstand misunderstood misconception
 evidence: evidence fact factual proof prove support statistic data cite citation source reference example research study
   backed substantiate substantiated concrete | opinion unsupported unproven baseless unsubstantiated unfounded assertion
   speculation speculative hearsay assumption
 detail: detail elaborate depth thorough explain explanation specific comprehensive complete completeness information informative insight
-  insightful extensive expand robust substance rich nuance nuanced context multiple several variety point reason cover meaningful
+  insightful extensive expand robust substance rich nuance nuanced context point reason cover meaningful
   deep | vague brief short shallow simplistic incomplete partial superficial oversimplify sparse empty omit
   missing general generic minimal skip overlook
 clarity: clear clearly clarity understandable coherent readable legible comprehensible articulate eloquent lucid plain cohesive fluent
@@ -59,24 +59,24 @@ relevance: relevant topic address answer focus focused direct directly pertinent
   off-topic sidetrack beside stray evade dodge sidestep deviate unnecessary
 logic: logical logic reasoning reasoned rational sense sensible persuasive compelling thoughtful consistent plausible | illogical fallacy
   fallacious contradictory contradict contradiction inconsistent inconsistency irrational senseless absurd hypocritical
-grammar: grammar grammatical well-written spelling punctuation | typo misspell misspelled misspelling ungrammatical slang grammatically-incorrect
+grammar: grammar grammatical well-written punctuation spelling | typo misspell misspelled misspelling ungrammatical slang grammatically-incorrect
 structure: structure structured organized organised format formatted formatting bullet heading layout well-organized tidy readability |
   disorganized unorganized unstructured unformatted messy cluttered sloppy
-instruction: follow adhere fulfill fulfil meet satisfy comply requirement instruction request constraint prompt | violate ignore disregard
+instruction: follow adhere respect honour honor obey fulfill fulfil meet satisfy comply requirement instruction request constraint prompt | violate ignore disregard break
   unrequested unprompted
-concise: concise succinct to-the-point brevity compact crisp | verbose wordy long-winded lengthy repetitive redundant repetition redundancy
+concise: concise succinct simple to-the-point brevity compact crisp | verbose wordy long-winded lengthy repetitive redundant repetition redundancy
   repeat bloated verbosity
-tone: polite respectful friendly kind professional calm objective neutral balanced mature warm empathetic empathy unbiased fair civil |
+tone: polite courteous respectful considerate friendly kind professional calm objective neutral balanced mature warm empathetic empathy unbiased fair civil |
   rude offensive insult insulting aggressive biased bias attack demeaning inappropriate unprofessional emotional sarcastic
-  sarcasm immature childish hostile judgmental derogatory mock ridicule preachy condescending arrogant profanity vulgar disrespectful
+  sarcasm immature childish hostile judgmental derogatory mock ridicule preachy condescending arrogant profanity vulgar disrespectful inflammatory juvenile joke curse defensive
 safety: safe harmless ethical responsible | harmful unsafe dangerous unethical illegal toxic
 helpfulness: helpful useful practical actionable applicable usable effective beneficial | unhelpful useless impractical ineffective refusal
   refuse decline unusable pointless
 creativity: creative original engaging interesting vivid imaginative unique memorable fun | boring dull bland unoriginal cliche
 credibility: credible credibility authority experience expert trustworthy reliable knowledgeable confident | unreliable dubious
 function: work run compile functional execute scalable efficient | broken crash inefficient fail
-overall: better best good great superior convincing strong stronger preferable excellent nice perfect impressive valuable appropriate well
-  decent success successful improve | worse worst bad poor poorly weak weaker inferior terrible awful horrible unconvincing lacking lame
+overall: better best good solid satisfy valued great superior convincing strong stronger preferable excellent nice perfect impressive valuable appropriate well
+  decent success successful improve | worse worst bad badly poor poorly weak disappoint mediocre horrific meaningless nonsensically weaker inferior terrible awful horrible unconvincing lacking lame
   problem problematic issue ridiculous stupid silly unacceptable disappointing fatal
 """
 _WEAK = "provide give offer include contain state show present mention discuss describe acknowledge use bring propose suggest recommend"
@@ -88,7 +88,7 @@ lower, import export, public private, input output, ascending descending, horizo
 backward, formal informal, active passive, mandatory optional, convex concave, directly inversely, top bottom, left right, gain loss, cheap
 expensive, hero villain, guilty innocent, alive dead, full empty, wet dry, light dark, light heavy, wide narrow, thick thin, deep shallow,
 raise reduce, grow shrink, expand contract, encourage discourage, approve disapprove, connect disconnect, enable disable, encrypt decrypt,
-clockwise counterclockwise, freeze melt, sharp blunt, broad narrow, major minor, simple complex, easy hard, easy difficult, true false,
+clockwise counterclockwise, freeze melt, sharp blunt, broad narrow, major minor, simple complex, simple complicated, easy hard, easy difficult, true false,
 correct incorrect, correct wrong, right wrong, accurate inaccurate, clear unclear, clear confusing, relevant irrelevant, logical illogical,
 concise verbose, concise wordy, detailed vague, specific vague, specific generic, safe unsafe, safe dangerous, helpful unhelpful, useful
 useless, consistent inconsistent, consistent contradictory, organized disorganized, structured unstructured, polite rude, respectful
@@ -99,13 +99,16 @@ convincing unconvincing, persuasive unpersuasive, harmless harmful, balanced bia
 supported unsupported, reliable unreliable, necessary unnecessary, brief lengthy, thorough superficial, deep superficial, more less, more fewer"""
 _NEGATORS_WORDS = """not no never without lack lacks lacking lacked neither nor cannot fail fails failed failing failure less fewer hardly barely omit
 omits omitted omitting absence absent avoid avoids avoided avoiding free unable nothing none zero devoid refuses refused refuse
-least unlike insufficient miss misses missing missed ignore ignores ignored ignoring forgets forgot overlooks neglects neglected
-neglect rather instead didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't wouldn't shouldn't hasn't haven't
-needn't"""
+unlike insufficient miss misses missing missed ignore ignores ignored ignoring forgets forgot overlooks neglects neglected
+neglect disregards disregard disregarded declines decline declined dismisses excludes rather instead didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't wouldn't shouldn't hasn't haven't
+needn't doesnt dont isnt didnt wasnt cant wont"""
 _NEGATORS = set(_NEGATORS_WORDS.split())
 _BLAMING_WORDS = """not no never without lack lacks lacking lacked neither nor cannot fail fails failed failing failure hardly barely omit omits
 omitted omitting absence unable nothing none refuses refused refuse insufficient miss misses missing missed ignore ignores ignored
-ignoring forgets forgot overlooks neglects neglected neglect didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't"""
+ignoring forgets forgot overlooks neglects neglected neglect didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't
+doesnt dont isnt didnt wasnt cant wont"""
+_CARRIERS_WORDS = """fact information detail point example reason explanation explain evidence answer source claim statement response reasoning
+sense topic support context prompt request instruction requirement proof opinion right direct work spelling grammar format issue logic structure clarity"""
 _BLAMING = set(_BLAMING_WORDS.split())
 _STOP_WORDS = """a an the of to in on at by for from with as is are was were be been being am it its this that these those which who whom whose
 what and or but if then than so because since while whereas although though however also just even only very much quite more most
@@ -127,7 +130,9 @@ _OWN_STEM |= {"kind": "kindly", "kinds": "kindly"}
 
 @lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
-    """Porter's stem, but for words that it would join with another meaning ("useful" with "use")."""
+    """Porter's stem, an adverb's as its adjective's; but for words that it would join with another meaning ("useful" with "use")."""
+    if word.endswith("ly") and len(word) > 5:
+        word = word[:-3] + "y" if word.endswith("ily") else word[:-2]
     return _OWN_STEM.get(word) or _stemmer.stem(word)
 
 
@@ -149,6 +154,9 @@ def _read_lexicon():
 
 
 _SIGN, _ASPECT, _ANTONYM = _read_lexicon()
+_CARRIERS = {stem(w) for w in _CARRIERS_WORDS.split()}  # their sign yields to a word beside them: "wrong facts", "good spelling"
+_MENDING = {stem(w) for w in ("address", "resolve", "fix", "correct", "identify", "recognize", "recognise", "acknowledge", "handle", "solve")}
+_BELITTLING = {"just": 0.35, "only": 0.35, "merely": 0.6}
 _WEAK_STEMS = {stem(w) for w in _WEAK.split()}
 ASPECTS = sorted(set(_ASPECT.values()))
 
@@ -163,7 +171,8 @@ class Claim:
     aspects: frozenset[str]
     evaluation: float  # > 0 praise, < 0 blame
     comparative: bool
-    words: tuple[str, ...]
+    words: frozenset[str]
+    weights: dict[str, float]  # of each concept: 1 what this pair is about, less for the vocabulary of every critique
 
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*|\d[\d,]*\.?\d*%?")
@@ -176,9 +185,9 @@ def analyse(text: str) -> Claim:
     """The claim of one clause, sides masked as SIDEA, SIDEB."""
     tokens = [(m[0].replace("’", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
     concepts, numbers, names, aspects, words = {}, set(), set(), set(), []
-    total, scope, reach, blamed, substance = 0.0, 1, 0, False, False
+    total, scope, reach, carried, mended, substance = 0.0, 1, 0, -9, -9, False
     for i, (token, start, _) in enumerate(tokens):
-        low = token.lower()
+        low = token.lower().removesuffix("'s")
         if i and re.search(r"[,;:.]|\bbut\b", text[tokens[i - 1][2] : start]) or low in ("but", "and") and reach <= 2:
             scope, reach = 1, 0
         if token in ("SIDEA", "SIDEB"):
@@ -207,14 +216,23 @@ def analyse(text: str) -> Claim:
             if token[0].isupper() and i and not re.search(r"[.!?:\"“]\s*$", text[:start]):
                 names.add(low)
         if sign and not negates:
-            strength = 0.6 if _ASPECT[root] == "overall" else 1.0
-            total += strength * sign * scope
             aspects.add(_ASPECT[root])
-            blamed = blamed or sign * scope < 0
+            weight = 0.6 if _ASPECT[root] == "overall" else 1.0 if sign > 0 else 1.2
+            if root in _CARRIERS and i - carried <= 3:
+                weight = 0.0
+            elif root not in _CARRIERS:
+                carried = i
+            if sign < 0 and i - mended <= 3:  # "addresses the ambiguity"
+                weight = 0.0
+            total += weight * sign * scope
+        elif low in _BELITTLING and scope > 0 and i:
+            total -= _BELITTLING[low]
         elif root in _WEAK_STEMS and not negates:
             total += 0.3 * scope
         if low == "too" and after not in ("", "and") and (i + 2 < len(tokens) or after not in _STOP) and i > 0:
             total -= 1.5
+        if root in _MENDING:
+            mended = i
         if negates:
             if scope < 0 and reach > 0:  # "does not fail to"
                 scope, reach = 1, 5
@@ -227,11 +245,14 @@ def analyse(text: str) -> Claim:
             reach -= 1
             if not reach:
                 scope = 1
+    # a quotation is a name
     for quoted in _QUOTED.findall(text):
         names.add(quoted.lower().strip(" .,"))
     if substance and not aspects and total == 0:
         total = -0.35
-    return Claim(concepts, frozenset(numbers), frozenset(names), frozenset(aspects), total, bool(_COMPARATIVE.search(text)), tuple(words))
+    weights = {c: 0.3 if c in _WEAK_STEMS else 0.5 if c in _SIGN else 1.0 for c in concepts}
+    comparative = bool(_COMPARATIVE.search(text))
+    return Claim(concepts, frozenset(numbers), frozenset(names), frozenset(aspects), total, comparative, frozenset(words), weights)
 
 
 def _prefixed(word: str, root: str) -> tuple[int | None, str]:
@@ -265,7 +286,7 @@ _MENTIONS = [
     (re.compile(rf"\b(?:the\s+)?(?:second|latter|2nd)\s+{_NOUN}", re.IGNORECASE), " SIDEB "),
     (re.compile(rf"\b(?:[Aa]\s?1\b|A\b(?=\s*{_VERBISH})|(?<=[a-z,] )A\b(?!\s+[a-z]+\s+(?:of|is|that)\b))"), " SIDEA "),
     (re.compile(r"\b(?:[Aa]\s?2|B)\b(?![.'-]\w|\+\+)"), " SIDEB "),
-    (re.compile(rf"\b(?:both|neither|the two|each response)(?:\s+of)?(?:\s+(?:the|these))?(?:\s+(?:{_NOUN}|them))?\b", re.IGNORECASE), None),
+    (re.compile(rf"\b(?:(?:both|neither)(?:\s+of)?(?:\s+(?:the|these))?(?:\s+(?:{_NOUN}|them))?|(?:the two|each)\s+{_NOUN})\b", re.IGNORECASE), None),
 ]
 _LIST_MARK = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 _VERDICT = re.compile(
@@ -299,12 +320,16 @@ _JOINED = re.compile(rf"(?:,\s*(?:and|or|as well as)?\s*|\s+and\s+(?:also\s+|the
 _BEFORE_SIDE = re.compile(r"(?:,\s*(?:and\s+)?|\s+and\s+|\s+because\s+|\s+since\s+)(?=(?:SIDE[AB]|it)\s+(?!and\b|or\b)\w)")
 _LISTED = re.compile(r"(?:\s*,\s*(?:and\s+|or\s+|as well as\s+)?|\s+and\s+|\s+as well as\s+|\s+nor\s+)", re.IGNORECASE)
 _EXCLUDED = re.compile(r"\b(?:than|unlike|compared (?:to|with)|over|versus|vs\.?|from|to|in contrast to|as opposed to|rather than|instead of|of|with)\s+(?:that of\s+|the other\s+)?$", re.IGNORECASE)
+_DISCOURSE = re.compile(
+    r"\W*(?:in (?:contrast|addition|conclusion|summary|short|general|comparison)|moreover|furthermore|meanwhile|alternatively|additionally|on the other hand|also|"
+    r"overall|therefore|thus|hence|first(?:ly)?|second(?:ly)?|finally|lastly|thought process|let me think|let's think)\b\W*", re.IGNORECASE)  # fmt: skip
 _SUBJECT = re.compile(r"\b(?:SIDEA|SIDEB|BOTHSIDES)\b")
 _HEAD = re.compile(r"^\W*(?:SIDE[AB]|it|BOTHSIDES)?\W*(?:also\s+)?((?:does not|doesn't|did not|didn't|is not|isn't|lacks?|lacking|has no|have no|without|fails? to \w+|fails?|failed to \w+|misses|missing|ignores?|omits?|no|not|less|fewer|too|more)\b)", re.IGNORECASE)
 
 
 def mask_sides(text: str) -> str:
     """Every way to name a response → SIDEA, SIDEB or BOTHSIDES."""
+    text = re.sub(r"\boff[ -]?topic\b", "irrelevant", re.sub(r"\b(?:kind|sort) of\b", "somewhat", text), flags=re.IGNORECASE)
     for pattern, token in _MENTIONS:
         text = pattern.sub(token or (lambda m: " BOTHSIDES " + ("not " if m[0].lower().startswith("neither") else "")), text)
     return re.sub(r"[ \t]+", " ", text)
@@ -412,6 +437,8 @@ def _read(critique: str):
             for clause in _clauses(sentence):
                 if not re.search(r"[^\W\d_]{2,}", clause) or re.fullmatch(r"[\w\s]{0,30}:", clause.strip()):
                     continue
+                if _DISCOURSE.fullmatch(clause):
+                    continue
                 side = _side(clause, subject or winner)
                 if side in OTHER:
                     subject = side
@@ -434,9 +461,10 @@ def is_fatal(clause: str) -> bool:
 
 def _side(clause, inherited):
     mentions = [(m[0], bool(_EXCLUDED.search(clause[: m.start()]))) for m in _SUBJECT.finditer(clause)]
-    if any(name == "BOTHSIDES" for name, _ in mentions):
+    if mentions and mentions[0][0] == "BOTHSIDES":
         return "both"
-    plain = [name[-1] for name, excluded in mentions if not excluded]
+    plain = [name[-1] for name, excluded in mentions if not excluded and name != "BOTHSIDES"]
+    mentions = [m for m in mentions if m[0] != "BOTHSIDES"]
     if plain:
         return plain[0]
     if mentions:  # only "than SIDEB": the other one is meant
@@ -493,3 +521,9 @@ def ask(critiques: list[str], judge) -> list[list[Argument] | None]:
             for a in answer["arguments"] if a["text"].strip()
         ])  # fmt: skip
     return out
+
+
+def forget():
+    """Empty the caches of extraction (measurements only)."""
+    for cached in (analyse, _extract):
+        cached.cache_clear()

@@ -56,19 +56,40 @@ def _encoder():
     return model
 
 
-_vectors: dict[str, np.ndarray] = {}
-_MAX_VECTORS = 200_000
+_rows: dict[str, int] = {}
+_table = np.zeros((1024, 384), np.float32)
+_MAX_ROWS = 200_000
+
+
+def _encode(texts: Sequence[str], batch: int = 64) -> np.ndarray:
+    """Rows of `_table` (unit vectors) for the texts; each text is encoded once per process, all new ones in one batch."""
+    global _table
+    new = sorted({t for t in texts if t not in _rows})
+    if new:
+        if len(_rows) + len(new) > _MAX_ROWS:
+            _rows.clear()
+            new = sorted(set(texts))
+        found = _encoder().encode(new, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
+        start = len(_rows)
+        while start + len(new) > len(_table):
+            _table = np.concatenate([_table, np.zeros_like(_table)])
+        _table[start : start + len(new)] = found
+        _rows.update((t, start + k) for k, t in enumerate(new))
+    return np.array([_rows[t] for t in texts], dtype=np.int64)
 
 
 def embed(texts: Sequence[str], batch: int = 64) -> np.ndarray:
-    """Unit vectors (len(texts), 384), each text encoded once per process."""
-    if len(_vectors) > _MAX_VECTORS:
-        _vectors.clear()
-    new = sorted({t for t in texts if t not in _vectors})
-    if new:
-        found = _encoder().encode(new, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
-        _vectors.update(zip(new, found.astype(np.float32)))
-    return np.stack([_vectors[t] for t in texts]) if len(texts) else np.zeros((0, 384), np.float32)
+    """Unit vectors (len(texts), 384) of MiniLM, cached by text."""
+    rows = _encode(texts, batch)  # first: it may replace the table
+    return _table[rows]
+
+
+def forget(vectors: bool = False):
+    """Empty the caches of matching, with `vectors` those of sentences too (measurements, changed WEIGHTS)."""
+    _claim.cache_clear()
+    if vectors:
+        plain.cache_clear()
+        _rows.clear()
 
 
 @lru_cache(maxsize=200_000)
@@ -100,62 +121,64 @@ def stance(a: Argument, b: Argument) -> float:
 
 
 # ---- claim ----------------------------------------------------------------------------------------------------------
+# log-odds that two clauses of one stance make the same point; see bench/similarity.py for what each contributes
+WEIGHTS = {"bias": -6.4, "cosine": 9.0, "words": 4.0, "aspects": 2.0, "disjoint": -1.0}
+
+
 @lru_cache(maxsize=500_000)
-def _claim(one: str, other: str) -> tuple[float, float, float]:
-    """(contradiction factor, words in common, aspects in common) of two clauses; symmetric."""
+def _claim(one: str, other: str) -> tuple[bool, bool, float]:
+    """(one negates the other, another number or name, log-odds of one meaning but for the cosine); symmetric."""
     a, b = analyse(one), analyse(other)
-    factor = 1.0
     shared = a.concepts.keys() & b.concepts.keys()
-    conflicts = sum(a.concepts[c] * b.concepts[c] < 0 for c in shared)
-    if conflicts:
-        factor *= 0.1
-    if a.numbers - b.numbers and b.numbers - a.numbers:
-        factor *= 0.1
-    if _other_name(a, b):
-        factor *= 0.15
-    total = len(a.concepts) + len(b.concepts)
-    words = 2 * (len(shared) - conflicts) / total if total else 0.0
+    negated = any(a.concepts[c] * b.concepts[c] < 0 for c in shared)
+    other_thing = bool(a.numbers - b.numbers and b.numbers - a.numbers) or _other_name(a, b)
+    total = sum(a.weights.values()) + sum(b.weights.values())
+    words = 2 * sum(a.weights[c] for c in shared) / total if total else 0.0
+    logit = WEIGHTS["bias"] + WEIGHTS["words"] * words
     mine, theirs = a.aspects - {"overall"}, b.aspects - {"overall"}
-    if mine or theirs:
-        aspects = len(mine & theirs) / len(mine | theirs)
-    else:
-        aspects = 1.0 if a.aspects and b.aspects else 0.0
-    return factor, words, aspects
+    if mine & theirs or (a.aspects == b.aspects == {"overall"}):
+        logit += WEIGHTS["aspects"]
+    elif mine and theirs:
+        logit += WEIGHTS["disjoint"]
+    return negated, other_thing, logit
 
 
 def _other_name(a: Claim, b: Claim) -> bool:
-    """Each names something that the other does not mention at all."""
-    return bool({n for n in a.names if n not in b.words and n not in b.names}) and bool(
-        {n for n in b.names if n not in a.words and n not in a.names}
-    )
+    """Each names what the other does not mention; in an otherwise equal clause one name put for another word is enough."""
+    mine, theirs = ({n for n in x.names if n not in y.words and n not in y.names} for x, y in ((a, b), (b, a)))
+    if mine and theirs:
+        return True
+    only_a, only_b = a.words - b.words, b.words - a.words
+    return bool(mine or theirs) and len(only_a) == len(only_b) == 1 and len(a.words & b.words) >= 2
 
 
 def match(a: Argument, b: Argument, cosine: float) -> float:
-    """The worth of matching two arguments, in [0, 1], symmetric; 1 for the same words and stance."""
+    """What a match of two arguments is worth, in [-1, 1], symmetric; 1 for the same words and stance.
+
+    Negative: they contradict each other, in nearly the same words or on the same point."""
     agreement = stance(a, b)
-    if not agreement:
-        return 0.0
-    if plain(a.text).lower() == plain(b.text).lower():
-        return agreement
-    factor, words, aspects = _claim(min(a.text, b.text), max(a.text, b.text))
-    meaning = 1 / (1 + math.exp(-(12 * (cosine - 0.55) + 2.0 * (words - 0.3) + 2.5 * (aspects - 0.5))))
-    if cosine < 0.15 and not words:
-        return 0.0
-    return agreement * factor * meaning
+    if a.text.lower() == b.text.lower() and agreement:
+        return agreement if a.side != b.side else 1.0
+    negated, other_thing, logit = _claim(*sorted((a.text, b.text)))
+    blame = a.polarity == b.polarity == -1 and a.side == b.side  # "ignores the limit", "breaks the limit": what is missing may be said either way
+    contradicted = other_thing or (negated and not blame)
+    meaning = 1 / (1 + math.exp(-(logit + WEIGHTS["cosine"] * cosine)))
+    if contradicted or (not agreement and a.side is not None and b.side is not None):
+        return -meaning if meaning > 0.5 else 0.0
+    worth = agreement * meaning
+    return worth if worth >= MIN_MATCH else 0.0
 
 
 def _scores(generated: Sequence[Argument], reference: Sequence[Argument]) -> np.ndarray:
     """Match of every generated with every reference argument; a merged argument is matched by its closest wording."""
-    scores = np.zeros((len(generated), len(reference)))
-    if not scores.size:
-        return scores
-    ours = embed([plain(a.text) for a in generated])
-    for j, r in enumerate(reference):
-        members = r.members or (r.text,)
-        cosines = ours @ embed([plain(m) for m in members]).T
-        for i, g in enumerate(generated):
-            scores[i, j] = max(match(g, r if m == r.text else replace(r, text=m), float(c)) for m, c in zip(members, cosines[i]))
-    scores[scores < MIN_MATCH] = 0.0
+    if not len(generated) or not len(reference):
+        return np.zeros((len(generated), len(reference)))
+    wordings = [(j, replace(r, text=m) if m != r.text else r) for j, r in enumerate(reference) for m in r.members or (r.text,)]
+    cosines = embed([plain(a.text) for a in generated]) @ embed([plain(w.text) for _, w in wordings]).T
+    scores = np.full((len(generated), len(reference)), -np.inf)
+    for i, g in enumerate(generated):
+        for (j, w), c in zip(wordings, cosines[i].tolist()):
+            scores[i, j] = max(scores[i, j], match(g, w, c))
     return scores
 
 
@@ -174,24 +197,26 @@ def _merge(per_annotator: list[list[Argument]]) -> list[Argument]:
     if len(per_annotator) == 1:
         return per_annotator[0]
     everything = [(k, a) for k, found in enumerate(per_annotator) for a in found]
-    groups: list[list[tuple[int, Argument]]] = []
-    for k, a in everything:  # first group that it matches, and that this annotator is not in yet
+    alone = [replace(a, members=()) for _, a in everything]
+    pairwise = _scores(alone, alone)
+    groups: list[list[tuple[int, int, Argument]]] = []
+    for n, (k, a) in enumerate(everything):  # first group that it matches, and that this annotator is not in yet
         best, worth = None, SHARED
         for group in groups:
-            if any(k == other for other, _ in group):
+            if any(k == other for _, other, _ in group):
                 continue
-            s = max(_scores([a], [replace(b, members=())])[0, 0] for _, b in group)
+            s = max(pairwise[n, m] for m, _, _ in group)
             if s >= worth:
                 best, worth = group, s
         if best is None:
-            groups.append([(k, a)])
+            groups.append([(n, k, a)])
         else:
-            best.append((k, a))
-    fatal = [any(a.core and is_fatal(a.text) for _, a in g) for g in groups]
-    shared = [len(g) >= 2 and any(a.core for _, a in g) for g in groups]
-    own = [any(a.core for _, a in g) for g in groups]
+            best.append((n, k, a))
+    fatal = [any(a.core and is_fatal(a.text) for _, _, a in g) for g in groups]
+    shared = [len(g) >= 2 and any(a.core for _, _, a in g) for g in groups]
+    own = [any(a.core for _, _, a in g) for g in groups]
     core = fatal if any(fatal) else shared if any(shared) else own
-    return [replace(g[0][1], core=c, members=tuple(dict.fromkeys(a.text for _, a in g))) for g, c in zip(groups, core)]
+    return [replace(g[0][2], core=c, members=tuple(dict.fromkeys(a.text for _, _, a in g))) for g, c in zip(groups, core)]
 
 
 # ---- precision, recall, F1 ------------------------------------------------------------------------------------------
@@ -236,11 +261,17 @@ def _one(critique, references, generated, merged, kind):
     if repeats >= REPEATED and repeats > max(map(repetition, references)):
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)
     scores = _scores(generated, merged)
-    rows, columns = linear_sum_assignment(-scores)
+    rows, columns = linear_sum_assignment(-np.maximum(scores, 0))
     matches = [(int(i), int(j), float(scores[i, j])) for i, j in zip(rows, columns) if scores[i, j] > 0]
     matched = sum(s for _, _, s in matches)
-    precision, recall = matched / len(generated), matched / len(merged)
-    f1 = 2 * precision * recall / (precision + recall) if matched else 0.0
+    free = np.ones(scores.shape, bool)  # a contradiction counts where neither argument has found its match
+    for i, j, s in matches:
+        if s >= SHARED:
+            free[i], free[:, j] = False, False
+    against = np.where(free, np.maximum(-scores, 0), 0)
+    precision = max(0.0, matched - against.max(axis=1).sum()) / len(generated)
+    recall = max(0.0, matched - against.max(axis=0).sum()) / len(merged)
+    f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0.0
     return Similarity(precision, recall, f1, matches, generated, merged)
 
 
