@@ -31,7 +31,7 @@ endif
 	@touch $(READY)
 
 data: $(READY)   ## fetch every default data set (mirror or upstream), checked by sha256
-	@$(BIN)/python -m rmnlhf.sources
+	@mkdir -p data && $(BIN)/python -m rmnlhf.sources
 
 repro: data      ## the whole pipeline, profile of params.yaml (cpu)
 	@$(BIN)/dvc repro
