@@ -82,7 +82,7 @@ def make(params) -> Splits:
         roles[role] = clean
         fits = [p for p in roles[role] if max(len(p.response_a), len(p.response_b)) <= d.max_chars]
         left_out[f"{role}: a response over {d.max_chars} characters"] = len(roles[role]) - len(fits)
-        kept = balanced(fits, seed) if d.balance == "length" else by_hash(fits, seed)
+        kept = alternate(balanced(fits, seed), seed) if d.balance == "length" else by_hash(fits, seed)
         left_out[f"{role}: for the length balance"] = len(fits) - len(kept)
         roles[role] = kept
     total = len(roles["train"]) + len(roles["hidden"])
@@ -200,8 +200,9 @@ def load(folder: str | Path = "results/splits") -> Splits:
 def shortcuts(members: list[PreferencePair], seed: int = 7, most: int = 3000) -> dict[str, np.ndarray]:
     """{shortcut: right_N (1, 0; 0.5 where it cannot say)}: what a judge gets who does not read the question.
 
-    "bag of words": logistic regression on the difference of both responses' word counts, predicted for groups that it was
-    not fitted on (up to five folds), on at most `most` pairs in hash order; left out where there are too few groups."""
+    "bag of words": logistic regression on the difference of both responses' word counts, predicted for groups that it
+    was not fitted on (five folds); left out where there are too few groups. At most `most` pairs, in hash order."""
+    from scipy.sparse import diags
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -217,10 +218,12 @@ def shortcuts(members: list[PreferencePair], seed: int = 7, most: int = 3000) ->
         counts = CountVectorizer(token_pattern=r"\S+", min_df=2).fit_transform(
             [p.response_a for p in members] + [p.response_b for p in members]
         )
-        features = counts[: len(members)] - counts[len(members) :]
+        # either response may come first: both classes are then there, whatever the labels
+        turned = np.array([fingerprint("bag of words", p.id) % 2 == 1 for p in members])
+        features = diags(np.where(turned, -1.0, 1.0)) @ (counts[: len(members)] - counts[len(members) :])
         model = LogisticRegression(C=0.1, max_iter=1000, fit_intercept=False)
-        guess = cross_val_predict(model, features, is_a, groups=groups, cv=GroupKFold(5))
-        out["bag of words"] = (guess == is_a).astype(float)
+        guess = cross_val_predict(model, features, is_a ^ turned, groups=groups, cv=GroupKFold(5))
+        out["bag of words"] = (guess == is_a ^ turned).astype(float)
     return out
 
 
@@ -230,10 +233,11 @@ SHINGLE = 5  # characters
 
 def _units(pair: PreferencePair, unit: str) -> set[str]:
     """The texts compared, without case, punctuation and blanks."""
-    prompt = " ".join(t["content"] for t in pair.context)
-    sides = sorted([pair.response_a, pair.response_b])
-    texts = {"pair": ["\n".join([prompt, *sides])], "prompt": [prompt], "response": sides}[unit]
-    return {re.sub(r"\W+", " ", t.lower()).strip() for t in texts}
+    prompt, *sides = (
+        re.sub(r"\W+", " ", text.casefold()).strip()
+        for text in (" ".join(t["content"] for t in pair.context), pair.response_a, pair.response_b)
+    )
+    return {"pair": {"\n".join([prompt, *sorted(sides)])}, "prompt": {prompt}, "response": set(sides)}[unit]
 
 
 def _key(pair: PreferencePair) -> str:
@@ -255,7 +259,7 @@ def leakage(train, evaluation, unit: str = "pair", threshold: float = 0.6) -> di
     """Training pairs that stand, exactly or nearly, in an evaluation set.
 
     unit: "pair" (prompt and both responses, in either order), "prompt" or "response" (either one)
-    returns {"exact" | "near": [(training id, evaluation id, Jaccard similarity)]}, for each training pair its best match
+    returns {"exact" | "near": [(training id, evaluation id, Jaccard similarity)]}: each training pair with its best match
 
     Exact: equal but for case, punctuation and blanks. Near: Jaccard similarity of 5-character shingles >= `threshold`;
     candidates come from MinHash-LSH (128 permutations, 32 bands of 4), then the similarity is computed in full."""
@@ -271,8 +275,8 @@ def leakage(train, evaluation, unit: str = "pair", threshold: float = 0.6) -> di
         if text in owner:
             return 2.0, owner[text]  # more than any similarity
         grams = _shingles(text)
-        near = [(len(grams & (g := _shingles(texts[i]))) / len(grams | g), owner[texts[i]]) for i in index.query(_sketch(text))]
-        return max(near, default=(0.0, ""))
+        others = [(_shingles(texts[i]), owner[texts[i]]) for i in index.query(_sketch(text))]
+        return max(((len(grams & other) / len(grams | other), name) for other, name in others), default=(0.0, ""))
 
     found = {"exact": [], "near": []}
     for pair in train:

@@ -153,7 +153,7 @@ FAMILIES = [facts, arithmetic, instructions, summaries, code, tone, safety, reas
 
 
 def fields(data_dir: Path | None = None, name: str = "controlled", n: int = PAIRS, seed: int = SEED):
-    """The fields of `n` different pairs, equally many of each family; the same n and seed give the same. No file is read."""
+    """The fields of `n` different pairs, as many of each family; the same n and seed give the same. No file is read."""
     seen, attempt = set(), 0
     while len(seen) < n:
         if attempt > 100 * n + 1000:

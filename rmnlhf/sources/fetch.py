@@ -54,7 +54,7 @@ def sha256(file: Path) -> str:
 
 
 def fetch(names=None, data_dir: str | Path = "data") -> dict[str, FetchError | None]:
-    """Fetch `names` (default: all that stand in the manifest). Returns {source: None if complete, else its first error}."""
+    """Fetch `names` (default: all in the manifest). Returns {source: None if complete, else its first error}."""
     names = list(names or [n for n in [*sources.PAIRS, *sources.ROWS] if n not in sources.HUB and sources.folders(n)])
     jobs = [
         (n, folder, f)
@@ -74,9 +74,8 @@ def fetch(names=None, data_dir: str | Path = "data") -> dict[str, FetchError | N
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                result[name] = DiskFullError(
-                    f"{Path(data_dir, f['path'])}: no space left on the disk; free {f['bytes']:,} bytes and run `make data` again"
-                )
+                what = f"no space left on the disk; free {f['bytes']:,} bytes and run `make data` again"
+                result[name] = result[name] or DiskFullError(f"{Path(data_dir, f['path'])}: {what}")
     for name in names:
         if name in sources.HUB:
             try:
@@ -104,8 +103,8 @@ def _one(folder: str, f: dict, data_dir: Path, down: set[str], bar) -> None:
     if (found := sha256(part)) != f["sha256"]:
         part.unlink()
         raise ChecksumError(
-            f"{origin}: wrong checksum, expected {f['sha256'][:16]}…, found {found[:16]}…; the file is not the one that "
-            f"was pinned (cut off, or changed): it was not kept, run `make data` again"
+            f"{origin}: wrong checksum, expected {f['sha256'][:16]}…, found {found[:16]}…; it is not the file that was "
+            f"pinned (cut off, or changed) and was not kept: run `make data` again"
         )
     os.replace(part, file)
 
@@ -147,13 +146,13 @@ def _download(url: str, part: Path, size: int, down: set[str], bar) -> None:
     except requests.RequestException as e:
         down.add(host)
         raise UnreachableError(
-            f"{host} does not answer ({type(e).__name__}); check the network, or set RMNLHF_MIRROR to a folder with the files. "
-            f"What was loaded stays: the next `make data` goes on from there"
+            f"{host} does not answer ({type(e).__name__}); check the network, or set RMNLHF_MIRROR to a folder with the "
+            f"files. What was loaded stays: the next `make data` goes on from there"
         ) from e
 
 
 def _hub(name: str, data_dir: Path) -> None:
-    """Fetch a hub dataset into data/<name>, at its pinned revision or, where none is pinned, the newest one, recorded."""
+    """Fetch a hub dataset into data/<name>, at its pinned revision; where none is pinned, the newest one, recorded."""
     from huggingface_hub import HfApi, snapshot_download
 
     spec, done = sources.HUB[name], data_dir / name / "FETCHED.json"
@@ -191,8 +190,7 @@ def main(argv=None) -> int:
     result = fetch(args.names, args.data_dir)
     for name, error in result.items():
         print(f"{name:20} {'ok' if error is None else f'NOT FETCHED: {error}'}")
-    if not any(error is None for error in result.values()):
-        print(
-            "NO DATA: neither a mirror nor an upstream gave anything; everything runs on the generated pairs `controlled`."
-        )
-    return int(any(isinstance(e, (ChecksumError, DiskFullError)) for e in result.values()))
+    broken = any(isinstance(e, (ChecksumError, DiskFullError)) for e in result.values())
+    if not broken and all(result.values()):
+        print("NO DATA: neither a mirror nor an upstream gave anything; everything runs on the generated pairs `controlled`.")
+    return int(broken)

@@ -1,4 +1,4 @@
-"""ProcessBench: 3,400 solutions of language models to math problems, with the first wrong step as marked by experts; no pairs."""
+"""ProcessBench: 3,400 model solutions of math problems, with the first wrong step as marked by experts; no pairs."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from rmnlhf import sources
 def rows(data_dir: str | Path = "data") -> list[dict]:
     """[{id, subset (gsm8k | math | olympiadbench | omnimath), generator, problem, steps, final_answer_correct, label}].
 
-    label: index of the first wrong step, -1 where all steps are right. Raises FileNotFoundError where files are missing."""
+    label: index of the first wrong step, -1 where all are right. Raises FileNotFoundError where files are missing."""
     return [{"subset": subset, **row} for subset, row in sources.rows("processbench", data_dir)]

@@ -17,26 +17,37 @@ from rmnlhf.pairs import HumanCritique
 
 # Habernal & Gurevych 2016, figure 1, in the short form of Wachsmuth et al. (ACL 2017), table 2
 CODES = {
-    "o5_1": "worse one attacks or abuses", "o5_2": "worse one has language issues, or jokes", "o5_3": "worse one is unclear",
-    "o6_1": "worse one has no credible evidence", "o6_2": "worse one has insufficient reasoning",
-    "o6_3": "worse one uses irrelevant reasons", "o7_1": "worse one is only an opinion or a rant",
-    "o7_2": "worse one is nonsense or confusing", "o7_3": "worse one is off topic", "o7_4": "worse one is weak or vague",
-    "o8_1": "better one has more details, facts or examples", "o8_4": "better one is balanced or objective",
-    "o8_5": "better one is more credible or confident", "o9_1": "better one is clear and well written",
-    "o9_2": "better one keeps to the topic", "o9_3": "better one makes you think", "o9_4": "better one is well thought through",
-}  # fmt: skip
+    "o5_1": "worse one attacks or abuses",
+    "o5_2": "worse one has language issues, or jokes",
+    "o5_3": "worse one is unclear",
+    "o6_1": "worse one has no credible evidence",
+    "o6_2": "worse one has insufficient reasoning",
+    "o6_3": "worse one uses irrelevant reasons",
+    "o7_1": "worse one is only an opinion or a rant",
+    "o7_2": "worse one is nonsense or confusing",
+    "o7_3": "worse one is off topic",
+    "o7_4": "worse one is weak or vague",
+    "o8_1": "better one has more details, facts or examples",
+    "o8_4": "better one is balanced or objective",
+    "o8_5": "better one is more credible or confident",
+    "o9_1": "better one is clear and well written",
+    "o9_2": "better one keeps to the topic",
+    "o9_3": "better one makes you think",
+    "o9_4": "better one is well thought through",
+}
 
-_SIDE = {"1": "A", "!": "A", "2": "B", "one": "A", "two": "B", "a": "A", "b": "B", "first": "A", "second": "B", "1st": "A",
-         "2nd": "B", "former": "A", "latter": "B"}  # fmt: skip
+_SIDE = dict.fromkeys(["1", "!", "one", "a", "first", "1st", "former"], "A")  # "a!": a 1 typed with shift held
+_SIDE |= dict.fromkeys(["2", "two", "b", "second", "2nd", "latter"], "B")
 _NOUN = (
     r"(?:arg(?:u?e?m[ea]n?t?s?|uements?|ments?|\.)?|response|answer|option|opinion|statement|post|side|number|no\.|"
     r"speaker|person|author|writer|debater)"
 )
-_VERB = r"(?=\s+(?:is|was|has|had|makes?|made|gives?|gave|does|did|states?|uses?|shows?|offers?|explains?|provides?|sounds?)\b)"
+_VERBS = r"is|was|has|had|makes?|made|gives?|gave|does|did|states?|uses?|shows?|offers?|explains?|provides?|sounds?"
+_VERB = rf"(?=\s+(?:{_VERBS})\b)"
 # The many ways in which workers name "a1" and "a2": A1, a 1, A#2, arg. one, argument number two, the first one, #1, ...
 _NAMES = re.compile(
     rf"""(?<![\w'])(?:the\s+)?(?:
-      {_NOUN}\s*[-\#:.]?\s*(?:no\.?\s*|number\s*|\#\s*)?(1|2|one|two|[ab](?=['’]s|{_VERB[3:-1]}))(?!\w)
+      {_NOUN}\s*[-\#:.]?\s*(?:no\.?\s*|number\s*|\#\s*)?(1|2|one|two|[ab](?=['’]s|\s+(?:{_VERBS})\b))(?!\w)
     | (?:arg\w*\s+)?a\s?[-.\#_]?\s?([12!])(?!\d)
     | (first|second|1st|2nd)\s+(?:{_NOUN}|one|person|author|writer|comment|poster)(?!\w)
     | (first|second|former|latter)(?:\s+{_NOUN}(?!\w)|{_VERB})
