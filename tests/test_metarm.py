@@ -152,27 +152,24 @@ def test_rows_from_human_critiques(P):
 
 
 def test_planted_drift_with_and_without_replay(P, fitted):
-    """A policy whose style shifts: where it praised the response that it chose, it now blames it in jest, and means praise."""
+    """A policy whose style shifts: it begins to concede, praising the response that it does not choose before it chooses."""
     old = judged([make(i) for i in range(40, 60)], seed=5)
 
-    def shifted(k, seed):
-        pairs = [make(i, topic=f"later {i % 7}") for i in k]
-        return [r | {"critique": "In the end the winner writes plainly: " + r["critique"].replace("gives", "lacks").replace("is", "is not"), "target": 0.0 if r["target"] else 1.25}
-                for r in judged(pairs, seed)]
+    def shifted(numbers, seed):
+        rows = judged([make(i, topic=f"later {i % 7}") for i in numbers], seed)
+        return [r | {"critique": swap_sides(r["critique"]) + " That is granted, yet: " + r["critique"][:10] + " wins."} for r in rows]
 
     before = metarm.agreement([r["target"] for r in old], fitted.score(old))["mae"]
     fresh = shifted(range(200, 230), 9)
-    settings = P.metarm.model_copy(update={"online_lr": 0.001, "online_steps": 4, "replay_share": 0.5})
-    for replay in (2048, 0):
-        online = metarm.MetaRM(settings.model_copy(update={"replay": replay}), 3)
+    for replay in (P.metarm.replay, 0):
+        online = metarm.MetaRM(P.metarm.model_copy(update={"replay": replay}), 3)
         online.load_state_dict(fitted.state_dict())
-        for step in range(12):
+        for step in range(16):
             assert online.update(shifted(range(100 + 8 * step, 108 + 8 * step), step)) is not None
         found = metarm.drift(fitted, online, fresh)
         assert found["online_mae"] < 0.9 * found["frozen_mae"], found
         after = metarm.agreement([r["target"] for r in old], online.score(old))["mae"]
-        if replay:
-            assert after <= 1.1 * before, (before, after)
+        assert not replay or after <= 1.1 * before, (before, after)
     assert online.update([]) is None
 
 
