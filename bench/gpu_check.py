@@ -1,0 +1,277 @@
+"""Every GPU code path once, on one GPU, in ten minutes, with no hub.
+
+    python bench/gpu_check.py                  # bench/results/gpu_check.json, or $OUT/gpu_check.json
+    python bench/gpu_check.py --part updates   # one part, one JSON line
+
+Weights are random: a tiny model, and Qwen2.5-7B from its configuration; the 135M policy comes from its package. Each part is
+tried by itself: what a machine lacks is named ("missing"), what breaks is told ("failed"), and the others go on. Without CUDA
+the parts run on the tiny model, the result says "cuda": false and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# isort: off
+from gpu_common import ALONE, ROOT, alone, apart, attempt, batch, build, device, disturb, gradient, header, logprob_difference, machine
+from gpu_common import report, saved, setting, small_params, timed, tokenizer, trainer, update, useful_flop
+
+
+
+def mask(s) -> dict:
+    """The block mask at every place against the dense mask; on CUDA flex attention against dense scaled-dot-product attention."""
+    import torch
+
+    from rmnlhf import shared_prefix
+
+    model = build("tiny", torch.float32, 4)
+    packs = shared_prefix.pack([[5] * 150, [6] * 7], [[[7] * 40, [8] * 3, []], [[9] * 200]], model.device)
+    index = torch.arange(len(packs.group), device=model.device)
+    block = shared_prefix.block_mask(packs)
+    out = {"mismatches": int((block.mask_mod(0, 0, index[:, None], index) != shared_prefix.dense_mask(packs)[0, 0]).sum())}
+    if device() == "cuda":
+        found = []
+        for name in ("sdpa", "flex_attention"):
+            model.get_base_model().set_attn_implementation(name)
+            found.append(shared_prefix.logps(model, packs)[0].detach())
+        out["logps_max_difference"] = (found[0] - found[1]).abs().max().item()
+    return out
+
+
+def cpu_equal(s) -> dict:
+    """Log-probabilities and gradient of a pack of the tiny model in fp32, and its greedy rollouts: this device against the CPU."""
+    import torch
+
+    from rmnlhf import rollout, shared_prefix
+
+    if device() == "cpu":
+        return {"skipped": "no CUDA device"}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, prompts = build("tiny", torch.float32, 4, where="cpu"), [list(range(3, 200)), [9, 8, 7]]
+    found, drawn = [], []
+    for m in (model, copy.deepcopy(model).cuda()):
+        drawn += [[c.ids for g in rollout.generate(m, tokenizer(), prompts, 2, 16, 0.0, dtype=torch.float32) for c in g]]
+        if not shared_prefix.prepare(m):
+            raise RuntimeError("shared_prefix.prepare refused the tiny model")
+        logps, _ = shared_prefix.logps(m, shared_prefix.pack(prompts, [[[5] * 30, [6] * 9], [[7] * 12]], m.device))
+        (logps * torch.linspace(-1, 1, len(logps), device=m.device)).sum().backward()
+        found.append({n: w.grad.cpu() for n, w in m.named_parameters() if w.grad is not None} | {"logps": logps.detach().cpu()})
+    off = (found[0].pop("logps") - found[1].pop("logps")).abs().max().item()
+    return {"gradient": apart(*found), "logps_off": off, "greedy_equal": sum(a == b for a, b in zip(*drawn)), "of": len(drawn[0])}
+
+
+def gradients(s) -> dict:
+    """Gradient of the packed update against trl's padded one, fp32, tf32 off, unequal lengths."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = build(s.size, torch.float32, s.rank, checkpointing=True)
+    inputs = batch(s, device(), equal=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trl_ = gradient(trainer(model, s, False, folder), inputs)
+        ours = gradient(trainer(model, s, True, folder), inputs)
+    return {"relative_difference": apart(trl_, ours), "weights": len(ours), "prompt": s.P, "completion": s.C, "group": s.N}
+
+
+def updates(s) -> dict:
+    """Forward and backward of one group in bf16, gradient checkpointing on both sides; ours also without it, where it fits."""
+    import torch
+
+    rate = machine(s)["matmul_tflops"] * 1e12
+    model, inputs = build(s.size, torch.bfloat16, s.rank, checkpointing=True), batch(s, device())
+    weights = sum(w.nbytes for w in model.parameters()) / 2**30
+    with tempfile.TemporaryDirectory() as folder:
+        trl_ = update(trainer(model, s, False, folder), inputs, s.repeats)
+        ours_trainer = trainer(model, s, True, folder)
+        ours = update(ours_trainer, inputs, s.repeats)
+        out = {"trl": trl_, "ours": ours, "ratio": trl_["seconds"] / ours["seconds"], "weights_gib": weights}
+        if device() == "cuda":
+            out["peak_ratio"] = ours["peak_gib"] / trl_["peak_gib"]
+            out["peak_ratio_above_weights"] = (ours["peak_gib"] - weights) / (trl_["peak_gib"] - weights)
+        flop = useful_flop(model, s)
+        out["flop_share"] = flop / ours["seconds"] / rate
+        model.gradient_checkpointing_disable()
+        try:
+            free = update(ours_trainer, inputs, s.repeats)
+            out["ours_without_checkpointing"] = free | {"flop_share": flop / free["seconds"] / rate}
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            out["ours_without_checkpointing"] = {"failed": str(e).split("\n")[0][:200]}
+    return out
+
+
+def rollouts(s) -> dict:
+    """N completions of one prompt against N requests, together and one by one; the engine follows the policy's weights."""
+    import torch
+
+    from rmnlhf import rollout
+
+    rate, model, tok = machine(s), build(s.size, torch.bfloat16, s.rank), tokenizer()
+    prompt = batch(s, "cpu")["prompt_ids"][0].tolist()
+    engine = rollout.TransformersEngine(model, tok)
+
+    def draw(prompts, n):
+        return engine.generate(prompts, n, s.tokens, 1.0, 1.0, 0, 64)
+
+    repeats = max(1, s.repeats // 2)
+    shared = timed(lambda: draw([prompt], s.N), repeats)
+    together = timed(lambda: draw([prompt] * s.N, 1), repeats)
+    single = timed(lambda: [draw([prompt], 1) for _ in range(s.N)], 1)
+    done = draw([prompt], s.N)[0]
+    made = sum(len(c.ids) for c in done)
+    bound = rate["copy_gbs"] * 1e9 / sum(w.nbytes for n, w in model.named_parameters() if "lora_" not in n) * s.N
+    off = {"logprobs_off": logprob_difference(model, prompt, done)}
+    disturb(model, 0.05)
+    off["logprobs_off_before_sync"] = logprob_difference(model, prompt, done)
+    engine.sync(model)
+    off["logprobs_off_after_sync"] = logprob_difference(model, prompt, draw([prompt], s.N)[0])
+    return {
+        "engine": "transformers", "tokens": s.tokens, "shared": shared, "requests_together": together, "requests_one_by_one": single,
+        "ratio_together": together["seconds"] / shared["seconds"], "ratio_one_by_one": single["seconds"] / shared["seconds"],
+        "tokens_per_second": made / shared["seconds"], "share_of_decode_bound": made / shared["seconds"] / bound, **off,
+    }  # fmt: skip
+
+
+def vllm(s) -> dict:
+    """vLLM: merged weights are handed over, and its log-probabilities agree with the trainer's."""
+    import vllm  # noqa: F401  # named where it is missing
+
+    from rmnlhf import policy, rollout
+
+    with tempfile.TemporaryDirectory() as folder:
+        saved(folder)
+        P = small_params(folder, **{"rollout.engine": "vllm"})
+        model, tok = policy.load(P, trainable=True)
+        engine, prompt, off = rollout.engine(model, tok, P), list(range(3, 60)), []
+        for _ in range(2):
+            disturb(model, 0.05)
+            engine.sync(model)
+            off.append(logprob_difference(model, prompt, engine.generate([prompt], 8, 16, 1.0, seed=1)[0]))
+    return {"logprobs_off": off}
+
+
+def unsloth(s) -> dict:
+    """Unsloth loads, its logits are those of plain Transformers, one update gives finite gradients."""
+    import unsloth  # noqa: F401  # before Transformers
+    import torch
+
+    from rmnlhf import policy, shared_prefix
+
+    ids = torch.arange(3, 60)[None]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.no_grad():
+            wanted = saved(folder).to(torch.bfloat16)(ids).logits.float()
+        model, _ = policy.load(small_params(folder, **{"policy.backend": "unsloth", "policy.dtype": "bfloat16"}), trainable=True)
+        with torch.no_grad():
+            got = model(ids.cuda()).logits.float().cpu()
+        out = {"logits_off": (got - wanted).abs().mean().item(), "shared_prefix": shared_prefix.prepare(model)}
+        small = setting(False)
+        found = gradient(trainer(model, small, out["shared_prefix"], folder), batch(small, "cuda"))
+    return out | {"gradient_norm": sum(g.square().sum() for g in found.values()).sqrt().item(), "weights": len(found)}
+
+
+def metarm(s) -> dict:
+    """MetaRM on a decoder with LoRA: fit, online update, and a saved one scores as it did."""
+    import numpy as np
+    import tiny
+
+    from rmnlhf.metarm import MetaRM, row
+
+    rows = [row(p, bool(i % 2), f"Response A names reason {i}.", float(i % 3) / 2) for i, p in enumerate(tiny.pairs(6))]
+    with tempfile.TemporaryDirectory() as folder:
+        saved(folder)
+        P = small_params(folder)
+        one = MetaRM(P.metarm, 0, policy=P.policy)
+        history = one.fit(rows)
+        before = one.score(rows)
+        loss = one.update(rows[:4])
+        after = one.score(rows)
+        again = MetaRM.load(one.save(Path(folder) / "metarm")).score(rows)
+    moved, kept = float(np.abs(after - before).max()), float(np.abs(again - after).max())
+    return {
+        "loss": [h["loss"] for h in history],
+        "online_loss": loss,
+        "moved": moved,
+        "saved_off": kept,
+        "where": str(next(one.model.parameters()).device),
+    }
+
+
+def resume(s) -> dict:
+    """GRPO of the tiny policy: three steps at once against two, a stop, and the third from the checkpoint."""
+    import tiny
+    import torch
+
+    from rmnlhf import grpo, policy, rewards
+
+    grpo.grm.parse_judgement, rewards.process_rewards = tiny.read_anything, tiny.compare_anything
+    kept = {}
+    with tempfile.TemporaryDirectory() as folder:
+        saved(f"{folder}/base")
+        P = small_params(f"{folder}/base")
+
+        def run(name):
+            return grpo.train("online", P, splits=tiny.splits(), metarm=tiny.Linear(), model=policy.load(P, trainable=True), run=Path(folder) / name)
+
+        for name in ("whole", "stopped"):
+            if name == "stopped":  # as a kill after step 2 leaves it
+                shutil.copytree(f"{folder}/whole", f"{folder}/stopped")
+                shutil.rmtree(f"{folder}/stopped/adapter")
+                shutil.rmtree(f"{folder}/stopped/checkpoints/checkpoint-3")
+            done = run(name)
+            from safetensors.torch import load_file
+
+            kept[name] = (load_file(done / "adapter" / "adapter_model.safetensors"), grpo.read(done / "metrics.jsonl"))
+    (one, metrics), (other, again) = kept.values()
+    same = len(metrics) == len(again) == 3 and metrics == again
+    return {
+        "weights_apart": max((one[n] - other[n]).abs().max().item() for n in one),
+        "metrics_equal": same,
+        "bitwise": all(torch.equal(one[n], other[n]) for n in one),
+    }
+
+
+def smollm2(s) -> dict:
+    """The packaged 135M policy: rollouts in the engine's precision against the trainer's log-probabilities (mean below 0.06)."""
+    import torch
+
+    from rmnlhf import params, policy, rollout
+
+    P = params.load(ROOT / "params.yaml", "smoke", [f"policy.dtype={'bfloat16' if device() == 'cuda' else 'float32'}"])
+    model, tok = policy.load(P, trainable=True)
+    disturb(model, 0.01)
+    prompt = tok.apply_chat_template([{"role": "user", "content": "Name two rivers."}], add_generation_prompt=True, return_dict=False)
+    done = rollout.generate(model, tok, [prompt], s.N, s.tokens, 1.0, seed=3, dtype=torch.bfloat16)[0]
+    return {"logprobs_off": logprob_difference(model, prompt, done), "tokens": sum(len(c.ids) for c in done)}
+
+
+PARTS = (machine, mask, cpu_equal, gradients, updates, rollouts, smollm2, metarm, resume, unsloth, vllm)
+
+
+def main():
+    reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    reader.add_argument("--part", choices=[p.__name__ for p in PARTS], help="one part, printed and not written")
+    wanted = reader.parse_args().part
+    if wanted == "unsloth" and importlib.util.find_spec("unsloth"):
+        import unsloth  # noqa: F401  # before anything imports Transformers
+    s = setting(device() == "cuda")
+    if wanted:
+        print(json.dumps(attempt(next(p for p in PARTS if p.__name__ == wanted), s)))
+        return
+    found = header()
+    for part in PARTS:
+        own = part.__name__ in ALONE and found["cuda"]
+        found[part.__name__] = alone(__file__, "--part", part.__name__) if own else attempt(part, s)
+        print(f"{part.__name__}: {json.dumps(found[part.__name__])}", file=sys.stderr, flush=True)
+    report("gpu_check.json", found)
+    sys.exit(any("failed" in v for v in found.values() if isinstance(v, dict)))
+
+
+if __name__ == "__main__":
+    main()

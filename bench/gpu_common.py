@@ -1,0 +1,278 @@
+"""What bench/gpu.py and bench/gpu_check.py share: random models, one group of rollouts as trl's batch, trainers, timing, the file.
+
+Nothing here needs a hub: weights are random, the tokenizer has one token for each byte."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ALONE = ("unsloth", "vllm")  # Unsloth has to be imported before Transformers, vLLM keeps its memory: a process of their own
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth", "vllm", "triton")
+SIZES = {
+    "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "tiny": {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "initializer_range": 0.1},
+}  # fmt: skip
+
+
+def setting(cuda: bool):
+    """P prompt tokens, N completions of C tokens; rollouts of `tokens`, so that eight of them one by one fit into the ten minutes."""
+    if cuda:
+        return SimpleNamespace(size="7b", P=2500, C=600, N=8, rank=32, tokens=128, repeats=5, budget=32768, matmul=8192)
+    return SimpleNamespace(size="tiny", P=48, C=12, N=4, rank=4, tokens=6, repeats=2, budget=4096, matmul=256)
+
+
+def device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(size: str, dtype, rank: int, checkpointing: bool = False, where: str | None = None, seed: int = 0):
+    """A random Qwen2 of that size with LoRA on all linear layers, its B matrices not zero, so that every gradient is."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from rmnlhf.policy import ALL
+
+    config = Qwen2Config(**SIZES[size], rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(seed)
+    with torch.device(where or device()):
+        base = Qwen2ForCausalLM(config).to(dtype) if size == "tiny" else Qwen2ForCausalLM._from_config(config, dtype=dtype)
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ALL, task_type="CAUSAL_LM"))
+        disturb(model, 0.02)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def disturb(model, scale: float):
+    """Add noise to the adapter's B matrices: a training step's stand-in."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data += torch.randn_like(weight) * scale
+
+
+def tokenizer():
+    """One token for each byte: needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    out = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    out.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    return out
+
+
+def batch(s, where: str, equal: bool = True) -> dict:
+    """What trl's trainer makes of one group of N rollouts: `equal` lengths C, or falling ones, padded on the right."""
+    import torch
+
+    g = torch.Generator().manual_seed(1)
+    high = SIZES[s.size]["vocab_size"]
+    prompt = torch.randint(3, high, (1, s.P), generator=g).expand(s.N, -1)
+    lengths = torch.tensor([s.C if equal else s.C - k * (s.C // (2 * s.N)) for k in range(s.N)])
+    mask = (torch.arange(s.C)[None] < lengths[:, None]).long()
+    out = {
+        "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_mask": mask,
+        "completion_ids": torch.randint(3, high, (s.N, s.C), generator=g) * mask,
+        "advantages": torch.linspace(-1.5, 1.4, s.N), "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    return {k: v.to(where) for k, v in out.items()}
+
+
+def trainer(model, s, packed: bool, folder: str):
+    """Our trainer, or trl's own as a user would write it; both take the batch that they are given in `training_step`."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rmnlhf import grpo
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    args = GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=s.N, num_generations=s.N, max_completion_length=s.C, steps_per_generation=1, beta=0.0,
+        loss_type="dapo", bf16=False, use_cpu=model.device.type == "cpu", report_to=[], gradient_checkpointing=False, temperature=1.0,
+    )  # fmt: skip
+    data, tok = Dataset.from_list([{"prompt": "x"}] * s.N), tokenizer()
+    if packed:
+        params = SimpleNamespace(
+            grpo=SimpleNamespace(shared_prefix=True, token_budget=s.budget), policy=SimpleNamespace(max_prompt=s.P, max_completion=s.C)
+        )
+        out = grpo.Trainer(model, _no_reward, args, data, processing_class=tok, encoded={}, engine=None, run=folder, params=params, beta=0.0, seed=0)
+        if not out.packed:
+            raise RuntimeError("shared_prefix.prepare refused this model: see the warning above")
+    else:
+        base.set_attn_implementation("sdpa")
+        out = GRPOTrainer(model, _no_reward, args, data, processing_class=tok)
+    out._prepare_inputs = lambda inputs: inputs
+    out.current_gradient_accumulation_steps = 1
+    return out
+
+
+def _no_reward(completions, **columns):
+    return [0.0] * len(completions)
+
+
+def gradient(train, inputs) -> dict:
+    """{name: gradient} of one training step."""
+    train.model.zero_grad(set_to_none=True)
+    train.training_step(train.model, dict(inputs), None)
+    return {n: w.grad.detach().float().cpu() for n, w in train.model.named_parameters() if w.grad is not None}
+
+
+def apart(one: dict, other: dict) -> float:
+    """|one - other| / |one| over all gradients; the same names on both sides, or an error."""
+    if one.keys() != other.keys() or not one:
+        raise RuntimeError(f"gradients of different weights: {sorted(one.keys() ^ other.keys())[:3]}")
+    return (sum((one[n] - other[n]).square().sum() for n in one).sqrt() / sum(g.square().sum() for g in one.values()).sqrt()).item()
+
+
+def timed(call, repeats: int) -> dict:
+    """Seconds of `call` (median and all), after one call that is not counted, and the peak of device memory in GiB."""
+    import torch
+
+    cuda, seconds = torch.cuda.is_available(), []
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return {"seconds": median(seconds[1:]), "all": [round(x, 4) for x in seconds[1:]], "peak_gib": peak}
+
+
+def update(train, inputs, repeats: int) -> dict:
+    def step():
+        train.model.zero_grad(set_to_none=True)
+        train.training_step(train.model, dict(inputs), None)
+
+    return timed(step, repeats)
+
+
+def useful_flop(model, s, prompts: int = 1) -> float:
+    """4 × parameters × tokens of a LoRA update (forward 2, backward 2; frozen weights need no gradient). A shared prompt counts
+    once, the input embedding not at all, the head at the completions alone; recomputation is not useful."""
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings().weight.numel(), base.get_input_embeddings().weight.numel()
+    body = sum(w.numel() for n, w in base.named_parameters() if "lora_" not in n) - head - embedding
+    return 4.0 * prompts * (body * (s.P + s.N * s.C) + head * s.N * s.C)
+
+
+def machine(s) -> dict:
+    """Rates of this machine that shares are of: a bf16 matrix product, a copy (bytes read and written)."""
+    import torch
+
+    where, n = device(), s.matmul
+    a, b = (torch.randn(n, n, device=where, dtype=torch.bfloat16) for _ in "ab")
+    product = timed(lambda: [a @ b for _ in range(10)], s.repeats)["seconds"] / 10
+    wide = torch.empty(n * n * 8, device=where, dtype=torch.bfloat16)
+    other = torch.empty_like(wide)
+    moved = timed(lambda: other.copy_(wide), s.repeats)["seconds"]
+    return {"matmul_tflops": 2 * n**3 / product / 1e12, "copy_gbs": 2 * wide.nbytes / moved / 1e9}
+
+
+def logprob_difference(model, prompt, completions) -> float:
+    """Mean absolute difference of an engine's log-probabilities and the trainer's own, at temperature 1."""
+    import torch
+
+    from rmnlhf import shared_prefix
+
+    with torch.no_grad():
+        wanted, _ = shared_prefix.logps(model, shared_prefix.pack([prompt], [[c.ids for c in completions]], model.device))
+    return (wanted.float().cpu() - torch.tensor([x for c in completions for x in c.logprobs])).abs().mean().item()
+
+
+def saved(folder: str, dtype=None):
+    """The tiny model (no adapter) and its tokenizer as a folder that engines load."""
+    import torch
+
+    model = build("tiny", dtype or torch.float32, 4, where="cpu").merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+def small_params(folder: str, **overrides):
+    from rmnlhf import params
+
+    base = {
+        "policy.model": folder, "policy.revision": "null", "policy.backend": "transformers", "policy.dtype": "float32", "policy.rank": 4, "grm.think": "false",
+        "policy.alpha": 8, "policy.max_prompt": 2048, "policy.max_completion": 16, "cold_start.enabled": "false", "metarm.batch": 4, "metarm.replay": 16,
+        "similarity.backend": "offline", "metarm.max_length": 512, "grpo.steps": 3, "grpo.prompts": 2, "grpo.group": 4, "grpo.save_every": 1,
+        "grpo.token_budget": 8192, "rollout.engine": "transformers", "rollout.temperature": 1.0,
+    } | overrides  # fmt: skip
+    return params.load(ROOT / "params.yaml", "gpu", [f"{k}={v}" for k, v in base.items()])
+
+
+def attempt(part, s) -> dict:
+    """The part's figures, or what is missing or failed; its seconds in any case."""
+    import torch
+
+    start = time.perf_counter()
+    try:
+        if part.__name__ in ALONE and device() == "cpu":
+            out = {"skipped": "no CUDA device"}
+        else:
+            out = part(s)
+    except ImportError as e:
+        out = {"missing": e.name or str(e)}
+    except Exception as e:  # noqa: BLE001  # a part that breaks must not take the others with it
+        out = {"failed": f"{type(e).__name__}: {str(e)[:400]}"}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return out | {"part_seconds": round(time.perf_counter() - start, 2)}
+
+
+def header() -> dict:
+    import torch
+
+    cuda, versions = torch.cuda.is_available(), {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if cuda else None
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"cuda": cuda, "card": torch.cuda.get_device_name() if cuda else None, "memory_gib": memory, "versions": versions, "date": today}
+
+
+def report(name: str, found: dict):
+    """One JSON line; on CUDA also a file."""
+    if found["cuda"]:
+        folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.part").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(folder / f"{name}.part", folder / name)
+    print(json.dumps(found))
+
+
+def alone(script: str, *options: str) -> dict:
+    """The JSON line of a process of its own, or how it ended."""
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=540, check=False)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"failed": f"exit {done.returncode}: {done.stderr[-300:]}"}
