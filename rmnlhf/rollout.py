@@ -260,13 +260,13 @@ class _Shared:
     def keep(self, index):
         """Drop every row that is not in `index`, and prompts without rows."""
         before, self.rows = len(self.rows), self.rows[index]
-        self.own = [[x.view(before, -1, *x.shape[1:])[index].flatten(0, 1) for x in own] for own in self.own]
+        self.own = [[x.unflatten(0, (before, -1))[index].flatten(0, 1) for x in own] for own in self.own]
         groups, self.rows = torch.unique(self.rows, return_inverse=True)
         before, self.lengths = len(self.lengths), self.lengths[groups]
         if len(groups) < before:
             width = int(self.lengths.max())
             for pair in self.prompt:
-                pair[:] = [x.view(before, -1, *x.shape[1:])[groups, :, :width].flatten(0, 1).contiguous() for x in pair]
+                pair[:] = [x.unflatten(0, (before, -1))[groups, :, :width].flatten(0, 1).contiguous() for x in pair]
         self._layout()
 
     def _layout(self):
@@ -343,12 +343,20 @@ class VllmEngine:
         self.tokenizer, self.cpu = tokenizer, not torch.cuda.is_available()
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.llm = LLM(
-            model=base.config._name_or_path, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
+            model=base.config._name_or_path, revision=params.policy.revision, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
             max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=0.35,
-            logprobs_mode="processed_logprobs", enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
+        self.asleep = False
+
+    def _wake(self):
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def sync(self, model):
+        """Take over `model`'s weights, its adapter merged."""
+        self._wake()
         weights = [(k, w.to(torch.bfloat16)) for k, w in merged_weights(model)]
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
         self.llm.reset_prefix_cache()
@@ -360,7 +368,11 @@ class VllmEngine:
         sampling = SamplingParams(
             n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, seed=None if self.cpu else seed
         )
+        self._wake()
         got = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=progress)
+        if not self.cpu:  # its memory is the update's now
+            self.llm.sleep(level=1)
+            self.asleep = True
         return [
             [
                 Completion(
