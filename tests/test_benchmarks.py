@@ -218,7 +218,7 @@ def test_any_jsonl_of_pairs_is_a_benchmark(tmp_path):
     rows = benchmarks.load(path)
     assert rows == own_pairs() == benchmarks.pairs(path, rows)
     figures = benchmarks.score(path, rows, ["A"] * 6, ["B"] * 6)
-    assert figures["accuracy"] == pytest.approx(4 / 6) and set(figures["subsets"]) == {"group 0", "group 1", "group 2"}
+    assert figures["accuracy"] == pytest.approx(4 / 6) and set(figures["subsets"]) == {"all"}
 
 
 # ---- runner: `Scripted` stands in for rollout's engine, everything else is the real thing

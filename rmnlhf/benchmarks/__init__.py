@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rmnlhf import sources
 from rmnlhf.pairs import PreferencePair
 
 from . import own
@@ -26,12 +27,14 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark of that name, or of the JSONL file of that path. Raises KeyError for anything else."""
+    """The benchmark of that name, or of that source's pairs, or of the JSONL file of that path. Raises KeyError for anything else."""
     if name in NAMES:
         return import_module(f"rmnlhf.benchmarks.{name}").BENCHMARK
     if str(name).endswith(".jsonl"):
         return own.open_file(name)
-    raise KeyError(f"unknown benchmark {name!r}; known: {', '.join(NAMES)}, or the path of a .jsonl file of PreferencePair rows")
+    if name in sources.names():
+        return own.as_benchmark(name, lambda data_dir: sources.load(name, data_dir))
+    raise KeyError(f"unknown benchmark {name!r}; known: {', '.join(NAMES)}, a source of pairs, or the path of a .jsonl file of pairs")
 
 
 def load(name: str, data_dir: str | Path = "data") -> list:

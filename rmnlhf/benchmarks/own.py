@@ -1,4 +1,4 @@
-"""Any PreferencePair rows as a benchmark: accuracy, both orders averaged, fraction of 1, per group.
+"""Any PreferencePair rows as a benchmark: accuracy, both orders averaged, fraction of 1, per `meta["subset"]` where given.
 
 Name a JSONL file in `benchmarks.own` of params.yaml; `names()` then calls it by its path.
 """
@@ -14,7 +14,7 @@ from .scoring import Benchmark, Contest, user
 
 
 def as_benchmark(
-    name: str, read: Callable, label: Callable | None = None, fields=("response_a", "response_b"), prompt="prompt", subset="group"
+    name: str, read: Callable, label: Callable | None = None, fields=("response_a", "response_b"), prompt="prompt", subset="subset"
 ) -> Benchmark:
     """A benchmark of PreferencePairs (objects or their dicts) or, with `label` and `fields`, of official rows too."""
 

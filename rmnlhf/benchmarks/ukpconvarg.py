@@ -11,4 +11,4 @@ from rmnlhf import sources
 from .own import as_benchmark
 from .scoring import Benchmark
 
-BENCHMARK: Benchmark = as_benchmark("ukpconvarg", lambda data_dir: sources.load("ukpconvarg", data_dir))
+BENCHMARK: Benchmark = as_benchmark("ukpconvarg", lambda data_dir: sources.load("ukpconvarg", data_dir), subset="group")
