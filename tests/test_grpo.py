@@ -396,7 +396,8 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_cold_start_says_what_to_run(tmp_path, monkeypatch):
+    on, off = tiny.settings(), tiny.settings(**{"cold_start.enabled": "false"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="03_cold_start"):
-        grpo.start(tiny.settings())
-    assert grpo.start(tiny.settings(**{"cold_start.enabled": "false"})) is None
+        grpo.start(on)
+    assert grpo.start(off) is None
