@@ -56,6 +56,7 @@ def sha256(file: Path) -> str:
 def fetch(names=None, data_dir: str | Path = "data") -> dict[str, FetchError | None]:
     """Fetch `names` (default: all in the manifest). Returns {source: None if complete, else its first error}."""
     names = list(names or [n for n in [*sources.PAIRS, *sources.ROWS] if n not in sources.HUB and sources.folders(n)])
+    Path(data_dir).mkdir(parents=True, exist_ok=True)  # a folder for the pipeline to look at, even where nothing answers
     jobs = [
         (n, folder, f)
         for n in names
