@@ -121,7 +121,7 @@ def stance(a: Argument, b: Argument) -> float:
 
 
 # ---- claim ----------------------------------------------------------------------------------------------------------
-# log-odds that two clauses of one stance make the same point; see bench/similarity.py for what each contributes
+# log-odds that two clauses of one stance make the same point: set by hand, not fitted; bench/similarity.py takes each away in turn
 WEIGHTS = {"bias": -6.4, "cosine": 9.0, "words": 4.0, "aspects": 2.0, "disjoint": -1.0}
 
 
