@@ -45,7 +45,8 @@ def example(pair: PreferencePair, swap: bool, tokenizer, params) -> Example:
     chosen = sorted(shown.agreeing, key=lambda h: fingerprint(pair.id, swap, h.annotator))[: c.critiques_per_pair]
     completions = []
     for critique in [" ".join(h.text.split()) for h in chosen] or [None]:
-        text = grm.format_judgement(lead(shown.label) + (critique or ""), shown.label)
+        said = (critique or "").removeprefix(lead(shown.label).strip())
+        text = grm.format_judgement(lead(shown.label) + said, shown.label)
         enc = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         at = text.index(lead(shown.label).strip()) + len("Response ")
         side = next(i for i, (start, end) in enumerate(enc["offset_mapping"]) if start <= at < end)
@@ -139,7 +140,7 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
     args = SFTConfig(
         output_dir=str(out / "checkpoints"), max_steps=c.steps, per_device_train_batch_size=c.batch_pairs, learning_rate=c.lr,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05}, warmup_steps=min(20, c.steps // 5),
-        weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=not torch.cuda.is_available(), seed=params.seed, logging_steps=5,
+        weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=not torch.cuda.is_available(), seed=params.seed, logging_steps=min(5, c.steps),
         save_steps=25, save_total_limit=2, report_to="none", remove_unused_columns=False, dataloader_num_workers=0,
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, disable_tqdm=False, gradient_checkpointing=False,
     )  # fmt: skip

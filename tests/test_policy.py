@@ -9,7 +9,7 @@ from rmnlhf import ROOT, params, policy
 
 @pytest.fixture(scope="module")
 def P():
-    return params.load(ROOT / "params.yaml", "smoke", ["policy.rank=2", "policy.alpha=4"])
+    return params.load(ROOT / "params.yaml", "smoke", ["policy.rank=2", "policy.alpha=4", "policy.dtype=float32"])
 
 
 @pytest.fixture(scope="module")
