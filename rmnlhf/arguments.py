@@ -218,7 +218,7 @@ def analyse(text: str) -> Claim:
         if sign and not negates:
             aspects.add(_ASPECT[root])
             weight = 0.6 if _ASPECT[root] == "overall" else 1.0 if sign > 0 else 1.2
-            if root in _CARRIERS and i - carried <= 3:
+            if root in _CARRIERS and (i - carried <= 3 or stem(after) in _SIGN and stem(after) not in _CARRIERS):
                 weight = 0.0
             elif root not in _CARRIERS:
                 carried = i
@@ -234,11 +234,13 @@ def analyse(text: str) -> Claim:
         if root in _MENDING:
             mended = i
         if negates:
-            if scope < 0 and reach > 0:  # "does not fail to"
-                scope, reach = 1, 5
-            else:
-                scope, reach = -1, 6
-            if low in _BLAMING or low.endswith("n't"):
+            twice = scope < 0 and reach > 0  # "does not fail to"
+            scope, reach = (1, 5) if twice else (-1, 6)
+            if twice:
+                total += 0.65
+            elif low in ("less", "fewer") and after in ("", "than") and total > 0:  # "explains less"
+                total = -total
+            elif low in _BLAMING or low.endswith("n't"):
                 substance = True
                 total -= 0.35
         elif reach:

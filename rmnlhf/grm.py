@@ -95,8 +95,8 @@ def _cut(text, ids, keep, tokenizer):
 # Delimiters that no text of the data may form: this format's tags and verdicts, the prompt's own headings, and the turn
 # tokens of the common chat templates. Each match is the character that a backslash follows once neutralised.
 _TAGS = r"/?(?:critics|choice|think)\s*>"
-_CHAT = r"\|[^|<>\n]{1,40}\|>|｜[^｜<>\n]{1,40}｜>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|<?SYS>)>|/?INST\]"
-_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.IGNORECASE | re.ASCII)
+_CHAT = r"\|[^|<>\n]{1,40}\|>|｜[^｜<>\n]{1,40}｜>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|SYS)>|/?INST\]"
+_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\\*\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.IGNORECASE | re.ASCII)
 
 
 def neutralise(text: str) -> str:

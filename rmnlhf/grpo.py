@@ -83,7 +83,7 @@ class RewardFunction:
         p = self.params
         step = trainer_state.global_step + 1 if trainer_state else 0
         shown = [self.shown[i][s] for i, s in zip(pair_id, swap, strict=True)]
-        said = [grm.parse_judgement(c, p.grm.max_lines, p.grm.max_chars) for c in completions]
+        said = [grm.parse_judgement(c, p.grm.max_lines, p.grm.max_chars, p.grm.max_repeats) for c in completions]
         found = self._process(said, shown)
         process = [None if s is None else s.f1 for s in found]
         options = (p.reward.weight, p.reward.gated, p.reward.binary, p.similarity.threshold)

@@ -63,7 +63,7 @@ def from_rollouts(pairs: Sequence[PreferencePair], completions, swaps, params, j
             "add a source with critiques to data.critique_sources"
         )
     said = [
-        (p.swapped() if swap else p, p, swap, parse_judgement(c.text, params.grm.max_lines, params.grm.max_chars))
+        (p.swapped() if swap else p, p, swap, parse_judgement(c.text, params.grm.max_lines, params.grm.max_chars, params.grm.max_repeats))
         for p, found, swap in zip(pairs, completions, swaps) for c in found if p.agreeing
     ]  # fmt: skip
     said = [s for s in said if not s[3].error]

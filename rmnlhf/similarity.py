@@ -269,8 +269,8 @@ def _one(critique, references, generated, merged, kind):
         if s >= SHARED:
             free[i], free[:, j] = False, False
     against = np.where(free, np.maximum(-scores, 0), 0)
-    precision = max(0.0, matched - against.max(axis=1).sum()) / len(generated)
-    recall = max(0.0, matched - against.max(axis=0).sum()) / len(merged)
+    precision = float(max(0.0, matched - against.max(axis=1).sum()) / len(generated))
+    recall = float(max(0.0, matched - against.max(axis=0).sum()) / len(merged))
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0.0
     return Similarity(precision, recall, f1, matches, generated, merged)
 

@@ -230,5 +230,5 @@ def test_meta_judge_sees_the_pair_and_missing_is_missing():
 
 def test_llm_backend_matches_what_the_judge_found():
     answer = {"arguments": [{"text": "Response A cites a law", "side": "A", "polarity": "praise", "core": True}]}
-    assert similarity("Response A cites a law.", ["Response A cites a law!"], backend="llm", judge=Fake(answer, answer)).f1 == 1
+    assert similarity("Response A cites a law.", ["Response A cites a law!"], backend="llm", judge=Fake(answer, answer)).f1 > 0.99
     assert math.isnan(similarity("Response A cites a law.", ["Response A cites a law!"], backend="llm", judge=Fake(answer, None)).f1)

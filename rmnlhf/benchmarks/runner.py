@@ -213,7 +213,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[di
     out = []
     for key in keys:
         row = known[key]
-        i, said, count = vote([grm.parse_judgement(t, params.grm.max_lines, params.grm.max_chars) for t in row["texts"]])
+        i, said, count = vote([grm.parse_judgement(t, params.grm.max_lines, params.grm.max_chars, params.grm.max_repeats) for t in row["texts"]])
         out.append({"judgement": said, "text": row["texts"][i], "tokens": row["tokens"], "seconds": row["seconds"],
                     "votes": count if votes > 1 else None})  # fmt: skip
     return out
