@@ -5,14 +5,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements/constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
-EXTRAS := $(if $(filter-out 0,$(GPU)),[gpu,dev],[dev])
+WITH_GPU := [gpu,dev]
+EXTRAS := $(if $(filter-out 0,$(GPU)),$(WITH_GPU),[dev])
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 LAUNCH ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup data repro smoke long gpu test test-gpu lab bench bench-gpu gpu-check lock clean
+.PHONY: help setup data repro smoke long gpu test test-gpu lab bench gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -22,7 +23,8 @@ $(READY): pyproject.toml requirements/constraints.txt
 	  { echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=/usr/bin/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv && $(PIP) uv
-ifeq ($(EXTRAS),[dev])  # no GPU: the CPU build of torch, without CUDA's packages
+# without a GPU: the CPU build of torch, without CUDA's packages
+ifeq ($(EXTRAS),[dev])
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	  $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null || $(PIP) torch==$(TORCH)
 endif
@@ -52,7 +54,7 @@ lab: data        ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
 
 bench: $(READY)  ## performance measures, one JSON line each, into bench/results/ (an idle machine, please)
-	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+	@for b in bench/similarity.py bench/metarm.py bench/rollout.py bench/update.py bench/grpo_step.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 lock:            ## resolve pyproject.toml anew into requirements/constraints.txt
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }
@@ -61,3 +63,6 @@ lock:            ## resolve pyproject.toml anew into requirements/constraints.tx
 
 clean:           ## results of runs (not data, models, caches)
 	@rm -rf results
+
+gpu-check: $(READY)  ## every GPU code path once, one JSON file (bench/results/gpu_check.json); without a GPU its CPU parts
+	@$(BIN)/python bench/gpu_check.py
