@@ -8,7 +8,6 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 WITH_GPU := [gpu,dev]
 EXTRAS := $(if $(filter-out 0,$(GPU)),$(WITH_GPU),[dev])
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
-LAUNCH ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -42,8 +41,8 @@ smoke: data      ## the whole pipeline in under 5 minutes
 	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
 long: data       ## the figures of the README: more steps, more rows; resumes
 	@RMNLHF_PROFILE=long $(BIN)/dvc repro
-gpu: data        ## the paper's setting on one GPU; LAUNCH="accelerate launch ..." for several
-	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
+gpu: data        ## the paper's setting on one GPU
+	@RMNLHF_PROFILE=gpu $(BIN)/dvc repro
 
 test: data       ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests

@@ -45,7 +45,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7,
 
     `model` may carry an adapter: a merged copy is kept and synchronised at each call. Random numbers belong to a prompt's
     tokens (and to its count, where it is repeated), so neither the order of the prompts nor `batch` (sequences decoded
-    together) changes what is drawn. Temperature 0 is greedy. Raises ValueError for an empty prompt, or one that leaves no
+    together) changes what is drawn; in bf16 the rounding of a batched product depends on its size, so there a near tie may
+    fall the other way. Temperature 0 is greedy. Raises ValueError for an empty prompt, or one that leaves no
     room for `max_new_tokens` in the model's context; RuntimeError saying what to lower when memory runs out."""
     engine = _engines.get(model)
     if engine is None or (dtype is not None and engine.dtype != dtype):
@@ -225,7 +226,7 @@ class _Shared:
     """Keys and values while decoding: one copy for each prompt (G·H, P, D), padded on the right, and the completions' own
     (R·H, T, D), T growing by blocks. It stands in for a Transformers cache: a model calls `update` in each layer.
 
-    All stay dense: a batched product in bf16 copies anything else first, which doubled the time of a step."""
+    All stay dense: a batched product in bf16 copies anything else first."""
 
     is_compileable = False
     BLOCK = 32

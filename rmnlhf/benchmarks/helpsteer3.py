@@ -1,12 +1,13 @@
 """HelpSteer3 preference, validation split (2,017 rows): which of two responses annotators prefer, in four domains.
 
 Rule: sign of `overall_preference` (negative = response 1 better; 0 = no gold, not scored); accuracy, both orders averaged,
-fraction of 1, per domain. Where the split has not been fetched, the 100 real rows of helpsteer3_sample stand in: labelled
-`partial` by the runner, never the whole.
+fraction of 1, per domain. Where the split has not been fetched, the 100 real rows of helpsteer3_sample stand in, with a
+warning: n says which of the two was judged.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from rmnlhf import sources
@@ -21,6 +22,7 @@ def read(data_dir: Path) -> list:
         pairs = [p for p in sources.load("helpsteer3", data_dir) if p.meta.get("split") == "validation"]
         if pairs:
             return pairs
+    logging.getLogger(__name__).warning("helpsteer3: the validation split is not in %s; its 100 sample rows stand in", data_dir)
     return sources.load("helpsteer3_sample", data_dir)
 
 
