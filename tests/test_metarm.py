@@ -20,7 +20,7 @@ BAD = "{} are just stupid lol."
 
 @pytest.fixture(scope="module")
 def P():
-    return params.load(profile="smoke", overrides=["metarm.epochs=12", "metarm.batch=16", "metarm.lr=0.001"])
+    return params.load(profile="smoke", overrides=["reward.binary=true", "metarm.epochs=12", "metarm.batch=16", "metarm.lr=0.001"])
 
 
 def make(i: int, source: str = "made", topic: str | None = None) -> PreferencePair:
@@ -121,7 +121,7 @@ def test_targets(P):
     assert [metarm.target(right, "A", f, P) for f in (0.6, 0.4)] == [1.5, 1.0]
     assert metarm.target(wrong, "A", 0.9, P) == 0.0
     assert metarm.target(broken, "A", 0.9, P) is None and metarm.target(right, "A", float("nan"), P) is None
-    alone = params.load(profile="smoke", overrides=["metarm.target=process"])
+    alone = params.load(profile="smoke", overrides=["reward.binary=true", "metarm.target=process"])
     assert metarm.target(wrong, "A", 0.9, alone) == 1.5 and metarm.target(wrong, "A", 0.1, alone) == 1.0
 
 

@@ -49,7 +49,7 @@ def judgement_row(pair, order, arm, verdict, f1):
 
 def make_results(folder, n_pairs=12, rollouts=40):
     """A results folder with rows of its own, in the layout of a run."""
-    p = params.load(profile="smoke").model_dump()
+    p = params.load(profile="smoke", overrides=["reward.binary=true"]).model_dump()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(p))
     pairs = [make_pair(i, ("debates", "answers")[i % 2]) for i in range(n_pairs)]

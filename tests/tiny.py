@@ -48,7 +48,7 @@ def settings(**overrides):
         "policy.max_prompt": 160, "policy.max_completion": 8, "policy.dtype": "float32", "grpo.steps": 3, "grpo.prompts": 2, "grpo.group": 4,
         "grpo.save_every": 1, "grpo.token_budget": 400, "rollout.engine": "transformers", "rollout.temperature": 1.0,
     }  # fmt: skip
-    return params.load(profile="smoke", overrides=[f"{k}={v}" for k, v in {**small, **overrides}.items()])
+    return params.load(profile="smoke", overrides=[f"{k}={v}" for k, v in {"reward.binary": "true", **small, **overrides}.items()])
 
 
 def splits(n: int = 6) -> Splits:
