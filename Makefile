@@ -37,7 +37,7 @@ data: $(READY)   ## fetch every default data set (mirror or upstream), checked b
 repro: data      ## the whole pipeline, profile of params.yaml (cpu)
 	@$(BIN)/dvc repro
 
-smoke: data      ## the whole pipeline in under 5 minutes
+smoke: data      ## the whole pipeline, small, in some minutes
 	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
 long: data       ## the figures of the README: more steps, more rows; resumes
 	@RMNLHF_PROFILE=long $(BIN)/dvc repro
