@@ -194,7 +194,7 @@ def verify(folder: str | Path) -> Path:
     for line in sums.read_text().splitlines() if sums.exists() else []:
         wanted, name = re.split(r"\s+", line.strip(), maxsplit=1)
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
-            raise ValueError(f"{folder / name}: sha256 differs from SHA256SUMS: fetch it again (git checkout -- {folder.name})")
+            raise ValueError(f"{folder / name}: sha256 differs from SHA256SUMS: fetch it again (git checkout -- {policy._relative(folder)})")
     return folder
 
 
