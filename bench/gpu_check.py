@@ -35,7 +35,7 @@ def mask(s) -> dict:
     packs = shared_prefix.pack([[5] * 150, [6] * 7], [[[7] * 40, [8] * 3, []], [[9] * 200]], model.device)
     index = torch.arange(len(packs.group), device=model.device)
     block = shared_prefix.block_mask(packs)
-    out = {"mismatches": int((block.mask_mod(0, 0, index[:, None], index) != shared_prefix.dense_mask(packs)[0, 0]).sum())}
+    out = {"mismatches": int((block.mask_mod(0, 0, index[:, None], index) != shared_prefix.visible(packs)).sum())}
     if device() == "cuda":
         found = []
         for name in ("sdpa", "flex_attention"):

@@ -287,7 +287,8 @@ class Trainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """(B, T) log-probabilities and entropies, as trl's; rows that follow each other with one prompt share its encoding."""
         if not self.packed:
-            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            with policy.mixed_precision(self.accelerator.unwrap_model(model)):
+                return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         width = input_ids.shape[1] - logits_to_keep
         mask, prompts, members = attention_mask.bool(), [], []
         for ids, seen in zip(input_ids, mask):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from . import ROOT
@@ -111,6 +112,21 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     elif kind == "unsloth":
         FastLanguageModel.for_inference(model)
     return (model if trainable else model.eval()), tokenizer
+
+
+def mixed_precision(model):
+    """The context for a forward pass: where the frozen weights are bf16 and the adapter's float32, products run in bf16.
+
+    PEFT alone would cast each layer's input to float32 and multiply there, which on a CPU costs more than the frozen layers."""
+    import torch
+    from peft.helpers import disable_input_dtype_casting
+
+    contexts = ExitStack()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "peft_config") and base.dtype == torch.bfloat16:
+        contexts.enter_context(disable_input_dtype_casting(model))
+        contexts.enter_context(torch.autocast(model.device.type, torch.bfloat16))
+    return contexts
 
 
 def _add_lora(model, params, kind: str, base: str):

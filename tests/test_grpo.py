@@ -130,18 +130,38 @@ def test_a_pack_is_what_its_parts_are_alone(tokenizer):
     assert shared_prefix.prepare(model)
 
 
-def test_attention_that_cannot_take_the_mask_falls_back_with_a_message(caplog):
+def test_attention_that_cannot_take_the_pack_falls_back_with_a_message(caplog):
     from transformers import MistralConfig, MistralForCausalLM
 
-    class Blind(MistralForCausalLM):  # attends to everything before it, whatever the mask says
-        def forward(self, *args, attention_mask=None, **kwargs):
-            return super().forward(*args, attention_mask=None, **kwargs)
+    class Blind(MistralForCausalLM):  # takes no part in how attention is chosen: a kernel of its own
+        def forward(self, *args, rmnlhf_branches=None, attention_mask=None, **kwargs):
+            return super().forward(*args, **kwargs)
 
-    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                           initializer_range=0.5)  # fmt: skip
-    model = Blind(config)
-    assert not shared_prefix.prepare(model)
-    assert "training padded" in caplog.text and "Blind" in caplog.text
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assert not shared_prefix.prepare(Blind(MistralConfig(**size, initializer_range=0.5, sliding_window=None)))
+    assert "training padded" in caplog.text and "Blind" in caplog.text and "differ by" in caplog.text
+    assert not shared_prefix.prepare(MistralForCausalLM(MistralConfig(**size, sliding_window=4096)))
+    assert "sliding window" in caplog.text
+    assert shared_prefix.prepare(MistralForCausalLM(MistralConfig(**size, sliding_window=None)))
+
+
+def test_branches_see_what_the_mask_shows():
+    """Unpacked attention against the whole mask: random packs, empty and single-token completions, a prompt without any."""
+    import random
+
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rng, module = random.Random(0), torch.nn.Identity()
+    module.is_causal = True
+    for _ in range(20):
+        prompts = [[1] * rng.randint(1, 9) for _ in range(rng.randint(1, 4))]
+        members = [[[2] * rng.choice([0, 1, 2, 7]) for _ in range(rng.randint(0, 3))] for _ in prompts]
+        p = shared_prefix.pack(prompts, members)
+        q, k, v = (torch.randn(1, h, p.ids.shape[1], 8) for h in (4, 2, 2))
+        module.num_key_value_groups = 2
+        found, _ = shared_prefix._branch_attention(module, q, k, v, None, rmnlhf_branches=shared_prefix.branches(p))
+        wanted, _ = sdpa_attention_forward(module, q, k, v, shared_prefix.visible(p)[None, None])
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_reference_is_the_adapter_switched_off(tokenizer, tmp_path):
