@@ -61,14 +61,10 @@ def example(pair: PreferencePair, swap: bool, tokenizer, params) -> Example:
 
 def loss(model, examples: list[Example]) -> torch.Tensor:
     """Weighted mean cross-entropy of the targets; the completions of a pair count as one."""
-    parts = [examples] if model.device.type == "cuda" else [[e] for e in examples]  # a dense mask is cheap when small
-    total, weight = 0.0, 0.0
-    for part in parts:
-        packed = shared_prefix.pack([e.prompt for e in part], [[ids for ids, _ in e.completions] for e in part], model.device)
-        logps, _ = shared_prefix.logps(model, packed)
-        weights = torch.tensor([w / len(e.completions) for e in part for _, ws in e.completions for w in ws], device=model.device)
-        total, weight = total - (logps.float() * weights).sum(), weight + weights.sum()
-    return total / weight
+    packed = shared_prefix.pack([e.prompt for e in examples], [[ids for ids, _ in e.completions] for e in examples], model.device)
+    logps, _ = shared_prefix.logps(model, packed)
+    weights = torch.tensor([w / len(e.completions) for e in examples for _, ws in e.completions for w in ws], device=model.device)
+    return -(logps.float() * weights).sum() / weights.sum()
 
 
 def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
@@ -126,6 +122,7 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
         raise ValueError("the cold start has no training pair: see the counts of 00_data, data.max_chars and data.max_train")
     model, tokenizer = policy.load(params, given, trainable=True)
     model.print_trainable_parameters()
+    shared_prefix.prepare(model)
 
     def collate(features):
         return {"examples": [example(*rows[f["row"] % len(rows)], tokenizer, params) for f in features]}
@@ -201,13 +198,17 @@ def verify(folder: str | Path) -> Path:
 @torch.no_grad()
 def margins(model, tokenizer, pairs: list[PreferencePair], params) -> np.ndarray:
     """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling."""
-    out = np.zeros((len(pairs), 2))
+    shared_prefix.prepare(model)
     sides = [tokenizer.encode(f" {side}", add_special_tokens=False) for side in OTHER]
-    for i, pair in enumerate(tqdm(pairs, desc="verdict margins", disable=len(pairs) < 32)):
-        for swap in (False, True):
-            e = example(replace(pair, critiques=[]), swap, tokenizer, params)
-            opening = e.completions[0][0][:-1]
-            packed = shared_prefix.pack([e.prompt], [[opening + side for side in sides]], model.device)
-            a, b = shared_prefix.logps(model, packed)[0].reshape(2, -1)[:, -1].tolist()
-            out[i, int(swap)] = a - b
-    return out
+    asked = [example(replace(p, critiques=[]), swap, tokenizer, params) for p in pairs for swap in (False, True)]
+    asked = [(e.prompt, [e.completions[0][0][:-1] + side for side in sides]) for e in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))  # alike lengths together
+    out = np.zeros(len(asked))
+    for start in tqdm(range(0, len(order), 8), desc="verdict margins", disable=len(pairs) < 32):
+        part = order[start : start + 8]
+        packed = shared_prefix.pack([asked[i][0] for i in part], [asked[i][1] for i in part], model.device)
+        found = shared_prefix.logps(model, packed)[0].float()
+        last = torch.cat([packed.row[1:] != packed.row[:-1], packed.row.new_ones(1, dtype=torch.bool)])  # the verdict's token
+        a, b = found[last].reshape(-1, 2).T.cpu().numpy()
+        out[part] = a - b
+    return out.reshape(-1, 2)

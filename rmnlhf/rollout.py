@@ -99,8 +99,9 @@ class TransformersEngine:
         if self.copied:
             with torch.no_grad():
                 self.model = copy.deepcopy(model)
-                self.model = (self.model.merge_and_unload() if adapter else self.model).to(self.dtype).eval()
+                self.model = (self.model.unload() if adapter else self.model).to(self.dtype).eval()  # `sync` brings the merged weights
             self.model.requires_grad_(False)
+            self.sync(model)
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         self.ends = torch.tensor(sorted(e for e in ends if e is not None), device=model.device)
