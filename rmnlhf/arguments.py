@@ -203,21 +203,19 @@ def analyse(text: str) -> Claim:
         if low == "not" and after == "only" or low == "free" and after != "of":
             negates = False
         root = stem(low)
-        sign = _SIGN.get(root)
-        if sign is None and low not in _STOP:
-            sign, root = _prefixed(low, root)
-        said, concept = scope, root
-        if root in _ANTONYM:
-            concept, flip = _ANTONYM[root]
-            said *= flip
+        sign, aspect, (concept, flip) = _SIGN.get(root), _ASPECT.get(root), _ANTONYM.get(root, (root, 1))
+        if sign is None and low not in _STOP and (base := _unprefixed(low)):  # an antonym of the word that the lexicon knows
+            sign, aspect, (concept, flip) = -_SIGN[base], _ASPECT[base], _ANTONYM.get(base, (base, 1))
+            flip = -flip
+        said = scope * flip
         if low not in _STOP and not (negates and low != "hard" and low != "difficult"):
             words.append(low)
             concepts[concept] = said if concepts.get(concept, said) == said else 0
             if token[0].isupper() and i and not re.search(r"[.!?:\"“]\s*$", text[:start]):
                 names.add(low)
         if sign and not negates:
-            aspects.add(_ASPECT[root])
-            weight = 0.6 if _ASPECT[root] == "overall" else 1.0 if sign > 0 else 1.2
+            aspects.add(aspect)
+            weight = 0.6 if aspect == "overall" else 1.0 if sign > 0 else 1.2
             if root in _CARRIERS and (i - carried <= 3 or stem(after) in _SIGN and stem(after) not in _CARRIERS):
                 weight = 0.0
             elif root not in _CARRIERS:
@@ -257,18 +255,10 @@ def analyse(text: str) -> Claim:
     return Claim(concepts, frozenset(numbers), frozenset(names), frozenset(aspects), total, comparative, frozenset(words), weights)
 
 
-def _prefixed(word: str, root: str) -> tuple[int | None, str]:
-    """Sign and stem of "unhelpful" where only "helpful" is known: the stem keeps its own form, as an antonym of the known one."""
+def _unprefixed(word: str) -> str | None:
+    """Stem of "helpful" for "unhelpful", where the lexicon has it."""
     m = re.match(r"(?:un|in|im|ir|il|dis|non-?|mis)(\w{4,})$", word)
-    if m and stem(m[1]) in _SIGN:
-        base = stem(m[1])
-        _SIGN.setdefault(root, -_SIGN[base])
-        _ASPECT.setdefault(root, _ASPECT[base])
-        canonical, sign = _ANTONYM.get(base, (base, 1))
-        _ANTONYM.setdefault(base, (canonical, sign))
-        _ANTONYM.setdefault(root, (canonical, -sign))
-        return _SIGN[root], root
-    return None, root
+    return stem(m[1]) if m and stem(m[1]) in _SIGN else None
 
 
 # ---- from text to clauses ---------------------------------------------------------------------------------------------
