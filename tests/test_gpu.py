@@ -28,7 +28,7 @@ def on(device):
     return model
 
 
-def test_flex_attention_gives_the_gradient_of_the_dense_mask_on_the_cpu():
+def test_flex_attention_gives_the_gradient_of_the_cpu():
     found = []
     for device in ("cpu", "cuda"):
         model = on(device)
