@@ -50,8 +50,9 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7,
     room for `max_new_tokens` in the model's context; RuntimeError saying what to lower when memory runs out."""
     engine = _engines.get(model)
     if engine is None or (dtype is not None and engine.dtype != dtype):
-        engine = _engines[model] = TransformersEngine(model, tokenizer, dtype)
-    engine.sync(model)
+        engine = _engines[model] = TransformersEngine(model, tokenizer, dtype)  # made with the weights of now
+    else:
+        engine.sync(model)
     return engine.generate(prompts, n, max_new_tokens, temperature, top_p, seed, batch)
 
 

@@ -191,8 +191,10 @@ def prepare(model) -> bool:
                 with policy.mixed_precision(model):
                     out = model(input_ids=torch.tensor([prompt + c], device=model.device), use_cache=False).logits[0, len(prompt) - 1 : -1]
                 alone.append(out.float().log_softmax(-1).gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
-        off = (packed.float() - torch.cat(alone)).abs().mean().item()
-        if not off < (1e-3 if base.dtype == torch.float32 else 0.3):
+        off = (packed.float() - torch.cat(alone)).abs()
+        exact = base.dtype == torch.float32  # in bf16 one token of two right forwards may differ by 0.6: there the mean counts
+        off = (off.max() if exact else off.mean()).item()
+        if not off < (1e-3 if exact else 0.3):
             reason = f"its log-probabilities differ by {off:.2g} from those of the padded forward"
     except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as e:
         reason = f"{type(e).__name__}: {e}"
