@@ -44,7 +44,7 @@ class Argument:
 _LEXICON = """
 accuracy: correct accurate right true truthful precise exact valid proper sound realistic verify faithful authentic | incorrect
   inaccurate wrong false untrue erroneous mistaken mistake error hallucinate hallucination fabricate fabricated misleading flawed flaw
-  invalid misinformation bug buggy fault faulty inaccuracies miscalculate misstate imprecise nonexistent bogus misinterpret misunderstand misunderstood misconception
+  invalid misinformation bug buggy fault faulty inaccuracies miscalculate misstate imprecise nonexistent bogus misrepresent distort unfaithful misinterpret misunderstand misunderstood misconception
 evidence: evidence fact factual proof prove support statistic data cite citation source reference example research study
   backed substantiate substantiated concrete | opinion unsupported unproven baseless unsubstantiated unfounded assertion
   speculation speculative hearsay assumption
@@ -56,9 +56,9 @@ clarity: clear clearly clarity understandable coherent readable legible comprehe
   understand straightforward easy | unclear confusing confuse incoherent ambiguous garbled nonsense nonsensical ramble rambling muddled
   incomprehensible convoluted unintelligible gibberish hard difficult obscure cryptic disjointed
 relevance: relevant topic address answer focus focused direct directly pertinent stick | irrelevant unrelated tangent tangential digress
-  off-topic sidetrack beside stray evade dodge sidestep deviate unnecessary
+  off-topic sidetrack beside stray evade dodge sidestep deviate unnecessary needless
 logic: logical logic reasoning reasoned rational sense sensible persuasive compelling thoughtful consistent plausible | illogical fallacy
-  fallacious contradictory contradict contradiction inconsistent inconsistency irrational senseless absurd hypocritical
+  fallacious contradictory contradict contradiction inconsistent inconsistency irrational senseless absurd hypocritical circular
 grammar: grammar grammatical well-written punctuation spelling | typo misspell misspelled misspelling ungrammatical slang grammatically-incorrect
 structure: structure structured organized organised format formatted formatting bullet heading layout well-organized tidy readability |
   disorganized unorganized unstructured unformatted messy cluttered sloppy
@@ -108,7 +108,8 @@ omitted omitting absence unable nothing none refuses refused refuse insufficient
 ignoring forgets forgot overlooks neglects neglected neglect didn't doesn't don't isn't wasn't aren't weren't won't can't couldn't
 doesnt dont isnt didnt wasnt cant wont"""
 _CARRIERS_WORDS = """fact information detail point example reason explanation explain evidence answer source claim statement response reasoning
-sense topic support context prompt request instruction requirement proof opinion right direct work spelling grammar format issue logic structure clarity"""
+sense topic support context prompt request instruction requirement constraint proof opinion right direct work spelling grammar format formatting
+layout issue logic structure clarity readability punctuation factual grammatical logical objective instruction"""
 _BLAMING = set(_BLAMING_WORDS.split())
 _STOP_WORDS = """a an the of to in on at by for from with as is are was were be been being am it its this that these those which who whom whose
 what and or but if then than so because since while whereas although though however also just even only very much quite more most
@@ -156,6 +157,8 @@ def _read_lexicon():
 _SIGN, _ASPECT, _ANTONYM = _read_lexicon()
 _CARRIERS = {stem(w) for w in _CARRIERS_WORDS.split()}  # their sign yields to a word beside them: "wrong facts", "good spelling"
 _MENDING = {stem(w) for w in ("address", "resolve", "fix", "correct", "identify", "recognize", "recognise", "acknowledge", "handle", "solve")}
+_INTENSIFIERS = {"completely", "strongly", "truly", "perfectly"}
+_PARTICIPLES = set("missing missed absent lacking omitted ignored neglected forgotten overlooked".split())
 _BELITTLING = {"just": 0.35, "only": 0.35, "merely": 0.6}
 _WEAK_STEMS = {stem(w) for w in _WEAK.split()}
 ASPECTS = sorted(set(_ASPECT.values()))
@@ -177,6 +180,14 @@ class Claim:
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*|\d[\d,]*\.?\d*%?")
 _COMPARATIVE = re.compile(r"\b(?:than|more|less|fewer|most|unlike|compared|whereas|while|instead|rather|better|worse|\w{3,}er)\b", re.IGNORECASE)
+# a clause that measures the response against what was due
+_DUE = r"(?:asked|wanted|needed|requested|required|expected|called for)"
+_AMISS = re.compile(
+    rf"\bshould(?:\s+\w+)? have\b|\b(?:not|nobody|no one|never|n't)\b(?:\s+\w+)?\s+{_DUE}\b|\b(?:although|while|where|but|though)\b[^,;]*\b(?:was|were|is|are)\s+{_DUE}\b"
+    rf"|\b(?:is|was|are|were|seems?|feels?|sounds?) off\b",
+    re.IGNORECASE,
+)
+_APT = re.compile(rf"(?<!not )\b(?:as (?:required|requested|asked|expected|instructed|it (?:should|must))|(?:what|that) (?:was|is|were) {_DUE})\b", re.IGNORECASE)
 _QUOTED = re.compile(r"[\"“”`]([^\"“”`]{2,60})[\"“”`]")
 
 
@@ -185,7 +196,7 @@ def analyse(text: str) -> Claim:
     """The claim of one clause, sides masked as SIDEA, SIDEB."""
     tokens = [(m[0].replace("’", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
     concepts, numbers, names, aspects, words = {}, set(), set(), set(), []
-    total, scope, reach, carried, mended, substance = 0.0, 1, 0, -9, -9, False
+    total, carried, judged, scope, reach, mended, substance = 0.0, 0.0, False, 1, 0, -9, False
     for i, (token, start, _) in enumerate(tokens):
         low = token.lower().removesuffix("'s")
         if i and re.search(r"[,;:.]|\bbut\b", text[tokens[i - 1][2] : start]) or low in ("but", "and") and reach <= 2:
@@ -216,14 +227,14 @@ def analyse(text: str) -> Claim:
         if sign and not negates:
             aspects.add(aspect)
             weight = 0.6 if aspect == "overall" else 1.0 if sign > 0 else 1.2
-            if root in _CARRIERS and (i - carried <= 3 or stem(after) in _SIGN and stem(after) not in _CARRIERS):
+            if sign < 0 and i - mended <= 3 or low in _INTENSIFIERS:  # "addresses the ambiguity", "completely wrong"
                 weight = 0.0
-            elif root not in _CARRIERS:
-                carried = i
-            if sign < 0 and i - mended <= 3:  # "addresses the ambiguity"
-                weight = 0.0
-            total += weight * sign * scope
-        elif low in _BELITTLING and scope > 0 and i:
+            if root in _CARRIERS:
+                carried += weight * sign * scope
+            else:
+                total += weight * sign * scope
+                judged = judged or weight > 0
+        elif low in _BELITTLING and scope > 0 and i and tokens[i - 1][0].lower() != "the":
             total -= _BELITTLING[low]
         elif root in _WEAK_STEMS and not negates:
             total += 0.3 * scope
@@ -236,8 +247,10 @@ def analyse(text: str) -> Claim:
             scope, reach = (1, 5) if twice else (-1, 6)
             if twice:
                 total += 0.65
-            elif low in ("less", "fewer") and after in ("", "than") and total > 0:  # "explains less"
-                total = -total
+            elif low in ("less", "fewer") and after in ("", "than") and total + carried > 0:  # "explains less"
+                total, carried = -total, -carried
+            elif low in _PARTICIPLES and i and tokens[i - 1][0].lower() in ("is", "are", "was", "were", "be", "been"):  # "the layout is missing"
+                total, carried = -abs(total) - 0.35, -abs(carried)
             elif low in _BLAMING or low.endswith("n't"):
                 substance = True
                 total -= 0.35
@@ -248,6 +261,12 @@ def analyse(text: str) -> Claim:
     # a quotation is a name
     for quoted in _QUOTED.findall(text):
         names.add(quoted.lower().strip(" .,"))
+    if not judged:  # else a carrier's sign yields: "wrong facts", "the format is wrong"
+        total += carried
+    if _AMISS.search(text):
+        total = -abs(total) - 0.6
+    elif _APT.search(text):
+        total += 0.6
     if substance and not aspects and total == 0:
         total = -0.35
     weights = {c: 0.3 if c in _WEAK_STEMS else 0.5 if c in _SIGN else 1.0 for c in concepts}
@@ -288,12 +307,14 @@ _VERDICT = re.compile(
     r"little|bit|considerably|only|more|most|many|very|to be)\s+)*"
     r"(?:better|best|stronger|strongest|superior|preferable|preferred|convincing|persuasive|winner|favou?red|good|great)?"
     r"(?:\s+(?:response|answer|argument|choice|option|one|point|case|overall|job|to me|in general))*"
-    r"|(?:i\s+)?(?:prefer|choose|chose|pick|favou?r|vote for|go with|like)\s+(?P<liked>SIDE[AB])(?:\s+(?:more|better))?)"
+    r"(?:\s+for me)?"
+    r"|(?:(?:i\s+)?(?:would\s+|'d\s+|will\s+|'ll\s+)?(?:prefer|choose|chose|pick|favou?r|vote for|go (?:with|for)|like)|my (?:choice|pick|vote|preference) (?:is|goes to|would be))"
+    r"\s+(?P<liked>SIDE[AB])(?:\s+(?:more|better))?)"
     r"(?:\s+(?:than|over|to|compared to)\s+(?:SIDE[AB]|the other(?:\s+\w+)?))?"
     r"(?P<mark>\s*(?:[.:!]*\s*$|[,;:.]?\s*(?:because|since|as|due to|for (?:a few reasons|the following reasons)\W*|in that|given that|mainly because|by|for)\b(?:\s+of)?|[,;:]))",
     re.IGNORECASE,
 )
-_BETTER = re.compile(r"better|best|stronger|strongest|superior|prefer|convinc|persuasive|winner|favou?r|choose|chose|pick|vote|go with|wins|good|great|like", re.IGNORECASE)
+_BETTER = re.compile(r"better|best|stronger|strongest|superior|prefer|convinc|persuasive|winner|favou?r|choose|chose|choice|pick|vote|go with|go for|wins|good|great|like", re.IGNORECASE)
 _CONTRAST = re.compile(
     r"\s*(?:;|\s[—–-]\s|(?:,\s*)?\b(?:while|whereas|but|however|although|though|yet|on the other hand|in contrast|nevertheless|nonetheless|albeit)\b,?)\s*",
     re.IGNORECASE,
@@ -309,6 +330,9 @@ _VERBS = (
     r"focuses|relies|gets|creates?|completely|fully|clearly|correctly|accurately|incorrectly|properly|never|not)"
 )
 _JOINED = re.compile(rf"(?:,\s*(?:and|or|as well as)?\s*|\s+and\s+(?:also\s+|then\s+)?)(?=(?:it\s+|also\s+|they\s+)?{_VERBS}\b)", re.IGNORECASE)
+_STOP_BEFORE_SIDE = re.compile(r"(?<=[a-z][.!?])\s+(?=(?:The \w+ (?:of|in) )?SIDE[AB]\b)")  # "wins for me. SIDEB": to the segmenter an abbreviation
+_OPENING = re.compile(r"\W*(?:for|with|in|from|by|given|after|before|without|regarding|on|at|when|saying)\b(?!.*\b(?:is|are|was|were|has|have|does|do)\b)", re.IGNORECASE)
+_EXPECTED = re.compile(rf"\b(?:was|were|is|are)\b[^,;]*\b{_DUE}\b|\bthe (?:question|request|task|prompt) (?:was|is)\b", re.IGNORECASE)
 _BEFORE_SIDE = re.compile(r"(?:,\s*(?:and\s+)?|\s+and\s+|\s+because\s+|\s+since\s+)(?=(?:SIDE[AB]|it)\s+(?!and\b|or\b)\w)")
 _LISTED = re.compile(r"(?:\s*,\s*(?:and\s+|or\s+|as well as\s+)?|\s+and\s+|\s+as well as\s+|\s+nor\s+)", re.IGNORECASE)
 _EXCLUDED = re.compile(r"\b(?:than|unlike|compared (?:to|with)|over|versus|vs\.?|from|to|in contrast to|as opposed to|rather than|instead of|of|with)\s+(?:that of\s+|the other\s+)?$", re.IGNORECASE)
@@ -336,9 +360,13 @@ def _clauses(sentence: str) -> list[str]:
 
 
 def _split(pattern, text):
+    """Parts of a sentence; what opens a clause ("for a formal message, …") or says what was due stays with its neighbour."""
     out, last = [], 0
     for m in pattern.finditer(text):
-        if len(re.findall(r"[A-Za-z]{3,}", text[last : m.start()])) >= 1:
+        before, after = text[last : m.start()], text[m.end() :]
+        if _OPENING.match(before) or _EXPECTED.search(before if not _SUBJECT.search(before) else "") or _EXPECTED.search(after) and not _SUBJECT.search(after):
+            continue
+        if len(re.findall(r"[A-Za-z]{3,}", before)) >= 1:
             out.append(text[last : m.start()])
             last = m.end()
     out.append(text[last:])
@@ -412,7 +440,7 @@ def _read(critique: str):
         line = mask_sides(_LIST_MARK.sub("", line)).strip()
         if not line:
             continue
-        for sentence in segment("en", line):
+        for sentence in (part for found_ in segment("en", line) for part in _STOP_BEFORE_SIDE.split(found_)):
             sentence = sentence.strip()
             verdict = _VERDICT.match(sentence)
             if verdict and _BETTER.search(verdict[0]):

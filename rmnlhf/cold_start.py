@@ -59,12 +59,17 @@ def example(pair: PreferencePair, swap: bool, tokenizer, params) -> Example:
     return Example(prompt, completions)
 
 
-def loss(model, examples: list[Example]) -> torch.Tensor:
-    """Weighted mean cross-entropy of the targets; the completions of a pair count as one."""
-    packed = shared_prefix.pack([e.prompt for e in examples], [[ids for ids, _ in e.completions] for e in examples], model.device)
-    logps, _ = shared_prefix.logps(model, packed)
+def loss(model, examples: list[Example], packs: bool = True) -> torch.Tensor:
+    """Weighted mean cross-entropy of the targets; the completions of a pair count as one. packs: what `shared_prefix.prepare` said."""
+    logps = _logps(model, [e.prompt for e in examples], [[ids for ids, _ in e.completions] for e in examples], packs)
     weights = torch.tensor([w / len(e.completions) for e in examples for _, ws in e.completions for w in ws], device=model.device)
     return -(logps.float() * weights).sum() / weights.sum()
+
+
+def _logps(model, prompts, completions, packs: bool) -> torch.Tensor:
+    if packs:
+        return shared_prefix.logps(model, shared_prefix.pack(prompts, completions, model.device))[0]
+    return shared_prefix.unpacked(model, prompts, completions)
 
 
 def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
@@ -122,14 +127,14 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
         raise ValueError("the cold start has no training pair: see the counts of 00_data, data.max_chars and data.max_train")
     model, tokenizer = policy.load(params, given, trainable=True)
     model.print_trainable_parameters()
-    shared_prefix.prepare(model)
+    packs = shared_prefix.prepare(model)
 
     def collate(features):
         return {"examples": [example(*rows[f["row"] % len(rows)], tokenizer, params) for f in features]}
 
     class PackedSFTTrainer(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return loss(self.accelerator.unwrap_model(model), inputs["examples"])
+            return loss(self.accelerator.unwrap_model(model), inputs["examples"], packs)
 
         def _get_train_sampler(self, *args, **kwargs):
             return SequentialSampler(self.train_dataset)
@@ -198,7 +203,7 @@ def verify(folder: str | Path) -> Path:
 @torch.no_grad()
 def margins(model, tokenizer, pairs: list[PreferencePair], params) -> np.ndarray:
     """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling."""
-    shared_prefix.prepare(model)
+    packs = shared_prefix.prepare(model)
     sides = [tokenizer.encode(f" {side}", add_special_tokens=False) for side in OTHER]
     asked = [example(replace(p, critiques=[]), swap, tokenizer, params) for p in pairs for swap in (False, True)]
     asked = [(e.prompt, [e.completions[0][0][:-1] + side for side in sides]) for e in asked]
@@ -206,9 +211,8 @@ def margins(model, tokenizer, pairs: list[PreferencePair], params) -> np.ndarray
     out = np.zeros(len(asked))
     for start in tqdm(range(0, len(order), 8), desc="verdict margins", disable=len(pairs) < 32):
         part = order[start : start + 8]
-        packed = shared_prefix.pack([asked[i][0] for i in part], [asked[i][1] for i in part], model.device)
-        found = shared_prefix.logps(model, packed)[0].float()
-        last = torch.cat([packed.row[1:] != packed.row[:-1], packed.row.new_ones(1, dtype=torch.bool)])  # the verdict's token
+        found = _logps(model, [asked[i][0] for i in part], [asked[i][1] for i in part], packs).float()
+        last = np.cumsum([len(c) for i in part for c in asked[i][1]]) - 1  # the verdict's token
         a, b = found[last].reshape(-1, 2).T.cpu().numpy()
         out[part] = a - b
     return out.reshape(-1, 2)

@@ -158,6 +158,8 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
         mask = block_mask(p)
     elif kind == ATTENTION:  # 4D: passed on as it is, and not read
         mask, more = p.ids.new_empty(1, 1, 1, 1, dtype=torch.bool), {"rmnlhf_branches": branches(p)}
+    elif int(p.branch.max()) < 2 and not int(p.group.max()):
+        mask = None  # one prompt, one completion: a plain sequence, for any attention
     else:
         mask = visible(p)[None, None]
     with policy.mixed_precision(model):
@@ -167,6 +169,11 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
     )
     return found[0], entropy[0]
+
+
+def unpacked(model, prompts, completions) -> torch.Tensor:
+    """What `logps` gives for `pack(prompts, completions)`, each completion in a forward of its own: for models that `prepare` refuses."""
+    return torch.cat([logps(model, pack([p], [[c]], model.device))[0] for p, members in zip(prompts, completions, strict=True) for c in members])
 
 
 def prepare(model) -> bool:
