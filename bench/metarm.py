@@ -1,6 +1,6 @@
 """What MetaRM costs a GRPO step, and what it does when the policy's style shifts. Needs the runs of 03_cold_start and 04_metarm.
 
-    python bench/metarm.py [--profile cpu] [--steps 4]
+    python bench/metarm.py [--profile cpu] [--steps 4] [--out bench/results/metarm.json]
 
 One JSON line: seconds of a step with the frozen and with the online MetaRM (same prompts, first step left out) and their ratio;
 errors before and after a planted shift, with replay and without."""
@@ -66,13 +66,16 @@ if __name__ == "__main__":
     ap.add_argument("--profile", default="cpu")
     ap.add_argument("--steps", type=int, default=4)
     ap.add_argument("--pairs", type=int, default=160, help="unseen pairs whose critiques the planted shift is made of")
+    ap.add_argument("--out", type=Path, default=Path("bench/results/metarm.json"))
     args = ap.parse_args()
     P = params.load(profile=args.profile)
     seconds = steps(P, args.steps) if args.steps else {}
     total = {arm: sum(parts.values()) for arm, parts in seconds.items()}
     shifted = shift(P, [p for p in splits.load().unseen if p.agreeing][: args.pairs])
-    print(json.dumps({
+    result = json.dumps({
         "bench": "metarm", "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
         "base": P.metarm.base, "tune": P.metarm.tune, "rows_a_step": P.grpo.prompts * P.grpo.group, "seconds": seconds,
         "online_over_offline": total["online"] / total["offline"] if total else None, "shift": shifted,
-    }))  # fmt: skip
+    })  # fmt: skip
+    args.out.write_text(result + "\n")
+    print(result)

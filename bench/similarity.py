@@ -1,6 +1,6 @@
 """The matcher: contradictions against paraphrases, what each part of it is worth, speed. Ends in one JSON line.
 
-    python bench/similarity.py [--pairs 400]
+    python bench/similarity.py [--pairs 400 --out bench/results/similarity.json]
 
 The contradictions are generated from hand-written claims: each shares its words with a claim but not what it says (other side,
 opposite polarity, negation, other number, other name); a paraphrase says the same in other words.
@@ -14,6 +14,7 @@ import os
 import random
 import time
 from itertools import product
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -129,8 +130,12 @@ def speed(rows: list[dict], count: int = 120) -> dict:
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--pairs", type=int, default=400)
-    rows = contradictions(ap.parse_args().pairs)
-    print(json.dumps({"bench": "similarity"} | discrimination(rows) | ablation(rows) | speed(rows)))
+    ap.add_argument("--out", type=Path, default=Path("bench/results/similarity.json"))
+    args = ap.parse_args()
+    rows = contradictions(args.pairs)
+    result = json.dumps({"bench": "similarity", "weights": similarity.WEIGHTS} | discrimination(rows) | ablation(rows) | speed(rows))
+    args.out.write_text(result + "\n")
+    print(result)
 
 
 if __name__ == "__main__":

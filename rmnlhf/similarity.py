@@ -16,11 +16,13 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import connected_components
 
 from .arguments import Argument, Claim, analyse, ask, extract, extract_many, is_fatal, repetition
 from .pairs import HumanCritique
 
 SHARED = 0.5  # two annotators raise the same argument from this match on
+SAID = 0.95  # one critique makes the same point twice from this match on
 REPEATED = 3  # one point made this often, and more often than people did, voids a critique (paper: 0/0/0)
 MIN_MATCH = 0.1  # less than this is no match
 
@@ -123,7 +125,7 @@ def stance(a: Argument, b: Argument) -> float:
 # ---- claim ----------------------------------------------------------------------------------------------------------
 # log-odds that two clauses of one stance make the same point: found by random search on training debates, generated pairs (none
 # that 02 reads in profiles cpu and long) and the contradictions of bench/similarity.py, which takes each away in turn
-WEIGHTS = {"bias": -3.8, "cosine": 5.0, "words": 4.4, "aspects": 4.4}
+WEIGHTS = {"bias": -3.8, "cosine": 5.0, "words": 4.4, "aspects": 4.4, "specific": 0.0}
 
 
 @lru_cache(maxsize=500_000)
@@ -137,9 +139,14 @@ def _claim(one: str, other: str) -> tuple[bool, bool, float]:
     words = 2 * sum(a.weights[c] for c in shared) / total if total else 0.0
     logit = WEIGHTS["bias"] + WEIGHTS["words"] * words
     mine, theirs = a.aspects - {"overall"}, b.aspects - {"overall"}
-    if mine & theirs or (a.aspects == b.aspects == {"overall"}):
-        logit += WEIGHTS["aspects"]
+    if mine & theirs or (a.aspects == b.aspects == {"overall"}):  # two clauses full of their own matter need more than the same aspect
+        logit += WEIGHTS["aspects"] - WEIGHTS["specific"] * min(_specific(a), _specific(b))
     return negated, other_thing, logit
+
+
+def _specific(claim: Claim) -> float:
+    """Share of a clause's concepts that no general vocabulary of critiques holds."""
+    return sum(w == 1.0 for w in claim.weights.values()) / len(claim.weights) if claim.weights else 0.0
 
 
 def _other_name(a: Claim, b: Claim) -> bool:
@@ -168,6 +175,20 @@ def match(a: Argument, b: Argument, cosine: float) -> float:
     return worth if worth >= MIN_MATCH else 0.0
 
 
+def _distinct(arguments: Sequence[Argument]) -> list[Argument]:
+    """One critique's arguments, each point once: of those that say the same in other words the first in the alphabet stays."""
+    if len(arguments) < 2:
+        return list(arguments)
+    alone = [replace(a, members=()) for a in arguments]
+    side = np.array([str(a.side) for a in arguments])
+    same = (_scores(alone, alone) >= SAID) & (side[:, None] == side)
+    _, point = connected_components(same, directed=False)
+    first: dict = {}
+    for n in sorted(range(len(arguments)), key=lambda n: arguments[n].text):
+        first.setdefault(point[n], n)
+    return [arguments[n] for n in sorted(first.values())]
+
+
 def _scores(generated: Sequence[Argument], reference: Sequence[Argument]) -> np.ndarray:
     """Match of every generated with every reference argument; a merged argument is matched by its closest wording."""
     if not len(generated) or not len(reference):
@@ -194,7 +215,7 @@ def reference(critiques: Sequence[str | HumanCritique], backend: str = "offline"
 
 def _merge(per_annotator: list[list[Argument]]) -> list[Argument]:
     if len(per_annotator) == 1:
-        return per_annotator[0]
+        return _distinct(per_annotator[0])
     everything = [(k, a) for k, found in enumerate(per_annotator) for a in found]
     alone = [replace(a, members=()) for _, a in everything]
     pairwise = _scores(alone, alone)
@@ -256,6 +277,7 @@ def _one(critique, references, generated, merged, kind):
         merged = [a for a in merged if a.core]
     if not generated or not merged:
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)
+    generated = _distinct(generated)
     repeats = repetition(critique)
     if repeats >= REPEATED and repeats > max(map(repetition, references)):
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)

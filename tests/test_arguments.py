@@ -33,6 +33,15 @@ def stances(text):
     ("Neither response is accurate.", "both", -1),
     ("Response A is too long.", "A", -1),
     ("It is well organised.", None, 1),
+    ("Response B has several factual errors.", "B", -1),
+    ("The format of Response A is wrong.", "A", -1),
+    ("The figures are missing in Response B.", "B", -1),
+    ("Response A gives dates that nobody asked for.", "A", -1),
+    ("Response A gives the dates as requested.", "A", 1),
+    ("Response B should have declined.", "B", -1),
+    ("Response A names three cities although two were requested.", "A", -1),
+    ("For a letter of complaint, Response B is too polite.", "B", -1),
+    ("Nothing is distorted in Response A.", "A", 1),
 ])  # fmt: skip
 def test_side_and_polarity(text, side, polarity):
     assert stances(text) == [(side, polarity)]
@@ -50,6 +59,8 @@ def test_a_list_is_several_arguments_under_one_negation():
 def test_the_verdict_itself_is_no_reason_but_says_who_is_meant():
     assert stances("Response B is much better than Response A because it cites sources.") == [("B", 1)]
     assert stances("I prefer Response A. It is concise.") == [("A", 1)]
+    for verdict in ("Response A wins for me.", "My choice is Response A.", "I would go with Response A."):
+        assert stances(f"{verdict} Response B is rude.") == [("B", -1)]
     assert len(extract("Response A is better.")) == 1  # nothing else is said: the only argument there is
 
 

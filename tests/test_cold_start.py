@@ -62,7 +62,24 @@ def test_the_packed_loss_is_that_of_separate_rows(P, tokenizer, tiny):
             nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
             total += (nll * torch.tensor(weights)).sum() / len(e.completions)
             weight += sum(weights) / len(e.completions)
-    assert torch.isclose(cold_start.loss(tiny, examples), total / weight, rtol=1e-5)
+    for packs in (True, False):  # False: a model whose attention cannot take a pack
+        assert torch.isclose(cold_start.loss(tiny, examples, packs), total / weight, rtol=1e-5)
+
+
+def test_a_sliding_window_is_trained_and_measured_as_it_is(P, tokenizer):
+    """Such a model is refused by `prepare`; each of its completions then goes through in a plain forward of its own."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), initializer_range=0.5, sliding_window=8, **size)).eval()
+    pairs = [pair(i) for i in range(2)]
+    found = cold_start.margins(model, tokenizer, pairs, P)
+    a, b = (tokenizer.encode(f" {s}", add_special_tokens=False)[0] for s in "AB")
+    for i, p in enumerate(pairs):
+        ids = grm.encode_prompt(p, tokenizer, P.policy.max_prompt) + tokenizer.encode("<critics>Response", add_special_tokens=False)
+        at = model(torch.tensor([ids])).logits[0, -1]
+        assert np.isclose(found[i, 0], (at[a] - at[b]).item(), atol=1e-4)
 
 
 def test_margins_are_those_of_the_plain_model(P, tokenizer, tiny):

@@ -88,6 +88,14 @@ bench = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_lo
 spec.loader.exec_module(bench)
 
 
+def test_the_same_point_in_other_words_counts_once():
+    people = ["Response A cites two studies as evidence. Response B has factual errors."]
+    once = similarity("Response B has factual errors.", people)
+    again = similarity("Response B has factual errors. Response B has errors of fact. There are factual errors in Response B.", people)
+    assert again.f1 == pytest.approx(once.f1, abs=0.01) and len(again.generated) == 1
+    assert once.f1 == pytest.approx(2 / 3, abs=0.01)
+
+
 def test_contradictions_are_told_from_paraphrases():
     found = bench.discrimination(bench.contradictions(420))
     assert found["contradictions"] >= 300
