@@ -41,8 +41,8 @@ smoke: data      ## the whole pipeline, small, in some minutes
 	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
 long: data       ## the figures of the README: more steps, more rows; resumes
 	@RMNLHF_PROFILE=long $(BIN)/dvc repro
-gpu: data        ## the paper's setting on one GPU
-	@RMNLHF_PROFILE=gpu $(BIN)/dvc repro
+gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
 
 test: data       ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests

@@ -14,11 +14,14 @@ Arms: what pays beside format and verdict.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import os
+import shlex
 import shutil
+import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,6 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -103,6 +108,7 @@ class RewardFunction:
             }
             for i, w, c, j, x, s, f, m, r in zip(pair_id, swap, completions, said, shown, found, process, scores, final)
         ]  # fmt: skip
+        self.rows = _everyone(self.rows)
         self._figures(loss)
         self._check()
         return [_number(r) for r in final]
@@ -124,9 +130,8 @@ class RewardFunction:
         if self.arm == "online":
             targets = [metarm.target(j, x.label, f, self.params) for j, x, f in zip(said, shown, process)]
             known = [i for i, t in enumerate(targets) if t is not None]
-            loss = self.metarm.update(
-                [metarm.row(self.pairs[pair_id[i]], bool(swap[i]), said[i].critique, targets[i]) for i in known]
-            )
+            rows = [metarm.row(self.pairs[pair_id[i]], bool(swap[i]), said[i].critique, targets[i]) for i in known]
+            loss = self.metarm.update(_everyone(rows))  # each process makes the same update: its MetaRM stays the others' twin
         ask = [i for i, (j, x) in enumerate(zip(said, shown)) if j.error is None and not x.agreeing]
         found = self.metarm.score([metarm.row(self.pairs[pair_id[i]], bool(swap[i]), said[i].critique) for i in ask])
         for i, m in zip(ask, found):
@@ -169,6 +174,11 @@ class RewardFunction:
             self.metarm.load_state_dict(state["metarm"])
 
 
+def _everyone(rows: list) -> list:
+    """The rows of all processes, in their order; the same list in each."""
+    return gather_object(rows) if PartialState().num_processes > 1 else rows
+
+
 def _number(x) -> float | None:
     return None if x is None or not math.isfinite(x) else float(x)
 
@@ -203,7 +213,8 @@ class Trainer(GRPOTrainer):
         if any(prompt_ids[i] != first[i // g] for i in range(len(prompt_ids))):
             raise RuntimeError("completions of one prompt do not stand side by side: trl's sampler has changed")
         self.engine.sync(self.accelerator.unwrap_model(self.model))
-        seed = fingerprint(self.run_seed, self.state.global_step) >> 2
+        process = (self.accelerator.process_index,) if self.accelerator.process_index else ()
+        seed = fingerprint(self.run_seed, self.state.global_step, *process) >> 2
         done = self.engine.generate(first, g, self.max_completion_length, self.temperature, r.top_p, seed, r.batch)
         flat = [c for group in done for c in group]
         self.seconds["rollout"] = time.perf_counter() - start
@@ -221,17 +232,21 @@ class Trainer(GRPOTrainer):
         out = super()._generate_and_score_completions(inputs)
         rewards_P_G = self.rewards_per_func[:, 0].view(-1, self.num_generations)
         advantages_P_G = advantages(rewards_P_G)
-        out["advantages"] = advantages_P_G.flatten()
+        mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        out["advantages"] = advantages_P_G.flatten()[mine]
         degenerate = (advantages_P_G == 0).all(-1)
         self._metrics["train"]["degenerate_groups"].append(degenerate.float().mean().item())
-        for row, a in zip(self.reward.rows, out["advantages"].tolist()):
+        for row, a in zip(self.reward.rows, advantages_P_G.flatten().tolist(), strict=True):
             row["advantage"] = a
         return out
 
     # --- update
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One batch: rollouts, rewards, then a backward pass for each pack. Groups without a signal are left out, so that they
-        give no gradient (of the KL term neither) and cost nothing; the token mean still counts their tokens."""
+        give no gradient (of the KL term neither) and cost nothing; the token mean still counts their tokens.
+
+        Processes have different numbers of packs: each accumulates by itself, and the gradients are exchanged once, at the end."""
+        model = self.accelerator.unwrap_model(model)
         model.train()
         inputs = self._prepare_inputs(inputs)
         start, total = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
@@ -250,9 +265,19 @@ class Trainer(GRPOTrainer):
                     "trades a third more time for most of the memory"
                 ) from e
             raise
+        self._exchange(model)
         self.seconds["update"] = time.perf_counter() - start
         self._step += 1
         return total
+
+    def _exchange(self, model):
+        """Mean of the adapter's gradients over the processes: trl's token mean is scaled for that."""
+        if self.accelerator.num_processes == 1:
+            return
+        weights = [w for w in model.parameters() if w.requires_grad]
+        flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])
+        for w, g in zip(weights, self.accelerator.reduce(flat, "mean").split([w.numel() for w in weights])):
+            w.grad = g.view_as(w)
 
     def packs(self, inputs) -> list[torch.Tensor]:
         """Rows of each micro-batch: whole groups up to grpo.token_budget, a larger group in parts; only rows with a gradient."""
@@ -273,6 +298,8 @@ class Trainer(GRPOTrainer):
     def pack_loss(self, model, part):
         """trl's loss of these rows, the reference's log-probabilities computed for them first."""
         self.beta = self.kl
+        # trl exchanges the figures of each pack (KL, clip share): not every process has as many packs, so they stay this process's own
+        self.accelerator.gather = self.accelerator.reduce = lambda found, *a, **k: found
         try:
             if self.kl:
                 ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
@@ -283,6 +310,7 @@ class Trainer(GRPOTrainer):
             return self._compute_loss(model, part)
         finally:
             self.beta = 0.0
+            del self.accelerator.gather, self.accelerator.reduce
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """(B, T) log-probabilities and entropies, as trl's; rows that follow each other with one prompt share its encoding."""
@@ -311,6 +339,8 @@ class Trainer(GRPOTrainer):
         super().log(logs, start_time)
         if "loss" not in logs:  # the summary at the end
             return
+        if not self.accelerator.is_main_process:
+            return
         step = self.state.global_step
         names = {
             "loss": "loss", "grad_norm": "grad_norm", "kl": "kl", "entropy": "entropy", "degenerate_groups": "degenerate_groups",
@@ -325,18 +355,23 @@ class Trainer(GRPOTrainer):
         """Written beside its place and renamed into it: a checkpoint that is there is whole."""
         name = f"checkpoint-{self.state.global_step}"
         folder, part = self.run / "checkpoints", self.run / "checkpoints" / f"{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._get_output_dir = lambda trial: str(part)
         try:
             super(GRPOTrainer, self)._save_checkpoint(model, trial)
         finally:
             del self._get_output_dir
-        torch.save(self.reward.state_dict(), part / name / "reward.pt")
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(part / name, folder / name)
-        shutil.rmtree(part)
-        for old in checkpoints(self.run)[:-KEPT]:
-            shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            torch.save(self.reward.state_dict(), part / name / "reward.pt")
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(part / name, folder / name)
+            shutil.rmtree(part)
+            for old in checkpoints(self.run)[:-KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
 
 def checkpoints(run: str | Path) -> list[Path]:
@@ -422,10 +457,13 @@ def arguments(params, run: Path, seed: int) -> GRPOConfig:
     """trl's settings, each of the paper's set explicitly."""
     g, p = params.grpo, params.policy
     cuda = torch.cuda.is_available()
+    world = PartialState(cpu=not cuda).num_processes
+    if g.prompts % world:
+        raise ValueError(f"grpo.prompts ({g.prompts}) must be a multiple of the number of processes ({world}): a group stays on one of them")
     config = GRPOConfig(
         output_dir=str(run), seed=seed, data_seed=seed, use_cpu=not cuda, bf16=False, report_to=[], logging_steps=1, log_level="warning",
         disable_tqdm=True, save_strategy="steps", save_steps=g.save_every, max_steps=g.steps,
-        per_device_train_batch_size=g.prompts * max(g.group, 2), gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1,
+        per_device_train_batch_size=g.prompts * max(g.group, 2) // world, gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1,
         num_generations=max(g.group, 2), max_completion_length=p.max_completion, temperature=params.rollout.temperature,
         top_p=params.rollout.top_p, shuffle_dataset=False, remove_unused_columns=False, dataloader_pin_memory=cuda,
         learning_rate=g.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch", max_grad_norm=g.max_grad_norm,
@@ -434,7 +472,7 @@ def arguments(params, run: Path, seed: int) -> GRPOConfig:
     )  # fmt: skip
     # trl refuses groups of one; here they are degenerate groups like others. Gradient checkpointing is switched on by `policy`
     config.num_generations = g.group
-    config.per_device_train_batch_size = config.generation_batch_size = g.prompts * g.group
+    config.per_device_train_batch_size, config.generation_batch_size = g.prompts * g.group // world, g.prompts * g.group
     return config
 
 
@@ -452,8 +490,11 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     from . import splits as splits_
     from .benchmarks import runner
 
+    state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives this process its device
     seed = params.grpo.seeds[0] if seed is None else seed
     run = Path(run or Path("results/runs") / (arm if seed == params.grpo.seeds[0] else f"{arm}-{seed}"))
+    if os.environ.get("RMNLHF_LAUNCH") and state.num_processes == 1 and model is None and metarm is None:
+        return _launch(arm, params, seed, run)
     splits = splits or splits_.load()
     pairs, rows = prompts(arm, params, splits, seed)
     frozen = None
@@ -477,27 +518,33 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         "arm": arm, "seed": seed, "prompts": f"{fingerprint(*map(str, encoded.values())):016x}", "policy_weights": runner.fingerprint(policy_),
         **{k: v for k, v in params.model_dump().items() if k in used},
     }  # fmt: skip
-    if _continue(run, config):
+    with state.main_process_first():  # the others find what the first has made
+        finished = _continue(run, config)
+    if finished:
         return run
     drift = None
     if frozen is not None and arm == "online":
         from .metarm import Drift
 
         drift = Drift(params, splits.unseen, frozen, run, judge)
-    record = _Record(run, f"{arm} {seed}", params.grpo.steps, drift)
+    record = _Record(run, f"{arm} {seed}", params.grpo.steps, drift) if state.is_main_process else None
     trainer = Trainer(
-        policy_, reward, arguments(params, run, seed), Dataset.from_list(rows), processing_class=tokenizer, callbacks=[record],
+        policy_, reward, arguments(params, run, seed), Dataset.from_list(rows), processing_class=tokenizer, callbacks=[record] if record else [],
         encoded=encoded, engine=rollout.engine(policy_, tokenizer, params), run=run, params=params, beta=params.grpo.beta, seed=seed,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    record.trainer = trainer
+    if record:
+        record.trainer = trainer
     last = checkpoints(run)
-    step = _rewind(run, last[-1]) if last else _rewind(run, None)
+    with state.main_process_first():
+        step = _rewind(run, last[-1] if last else None)
     if last:
         reward.load_state_dict(torch.load(last[-1] / "reward.pt", weights_only=True))
         log.warning("%s goes on from step %d", run, step)
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
-    _finish(run, trainer, metarm if arm == "online" else None)
+    if state.is_main_process:
+        _finish(run, trainer, metarm if arm == "online" else None)
+    state.wait_for_everyone()
     return run
 
 
@@ -544,3 +591,32 @@ def _finish(run: Path, trainer: Trainer, metarm):
     shutil.rmtree(part, ignore_errors=True)
     trainer.model.save_pretrained(part)
     os.replace(part, run / "adapter")
+
+
+def _launch(arm: str, params, seed: int, run: Path) -> Path:
+    """Train in the processes that $RMNLHF_LAUNCH starts, such as "accelerate launch --num_processes 4"; on results/splits."""
+    file = run.parent / f"{run.name}.params.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(params.model_dump(), sort_keys=False), encoding="utf-8")
+    command = [*shlex.split(os.environ["RMNLHF_LAUNCH"]), "-m", "rmnlhf.grpo", arm, "--seed", str(seed), "--params", str(file), "--run", str(run)]
+    if (code := subprocess.run(command).returncode):
+        raise RuntimeError(f"{shlex.join(command)} ended with status {code}: its messages are above; the run goes on from its last checkpoint")
+    file.unlink()
+    return run
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Train one arm: what the notebooks call, for a launcher of several processes.")
+    ap.add_argument("arm", choices=ARMS)
+    ap.add_argument("--seed", type=int)
+    ap.add_argument("--params", default="results/params.yaml")
+    ap.add_argument("--run", type=Path)
+    args = ap.parse_args()
+    from .params import load
+
+    os.environ.pop("RMNLHF_LAUNCH", None)
+    train(args.arm, load(args.params), args.seed, run=args.run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Two processes on a CPU (gloo): each takes half of the groups, and together they give the gradient of the whole batch.
+
+The path is the one of training: accelerate's Accelerator, `grpo.Trainer`, trl's token mean over all processes, packs with a
+shared prefix. The processes have different numbers of packs, which is where a gradient exchange at each backward pass hangs.
+"""
+
+import os
+import socket
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+WORLD = 2
+LENGTHS = [(9, [5, 3, 8, 2]), (14, [4, 7, 1, 6]), (11, [2, 9, 5, 3]), (6, [8, 8, 2, 4])]  # prompt, its completions
+BUDGET = 40  # tokens: the first process makes other packs than the second
+
+
+def batch(groups, items: int) -> dict:
+    """trl's padded batch of some of the groups; `items`: completion tokens of all processes, by which the token mean divides."""
+    rows = [(g, k, prompt, n) for g, (prompt, members) in groups for k, n in enumerate(members)]
+    width, depth = max(p for _, _, p, _ in rows), max(n for *_, n in rows)
+    out = {k: torch.zeros(len(rows), n, dtype=torch.long) for k, n in (("prompt_ids", width), ("prompt_mask", width), ("completion_ids", depth),
+                                                                       ("completion_mask", depth))}  # fmt: skip
+    for i, (g, k, prompt, n) in enumerate(rows):
+        out["prompt_ids"][i, width - prompt :] = torch.arange(prompt) * 7 + 100 * g + 3
+        out["prompt_mask"][i, width - prompt :] = 1
+        out["completion_ids"][i, :n] = torch.arange(n) * 11 + 50 * g + 5 * k + 9
+        out["completion_mask"][i, :n] = 1
+    out["advantages"] = torch.tensor([((g * 4 + k) * 7 % 11 - 5) / 4 for g, k, *_ in rows])
+    out["num_items_in_batch"] = torch.tensor(items)
+    return out
+
+
+def trainer(folder):
+    import tiny
+    from datasets import Dataset
+
+    from rmnlhf import grpo
+
+    settings = tiny.settings(**{"grpo.token_budget": BUDGET, "grpo.prompts": WORLD})
+    pairs = tiny.pairs(2)
+    rows = [{"prompt": p.id, "pair_id": p.id, "swap": 0} for p in pairs]
+    out = grpo.Trainer(
+        tiny.model(lora=True), grpo.RewardFunction("outcome", settings, pairs), grpo.arguments(settings, folder, 1), Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(), encoded={}, engine=None, run=folder, params=settings, beta=0.04, seed=1,
+    )  # fmt: skip
+    out.current_gradient_accumulation_steps = 1
+    out._prepare_inputs = lambda inputs: inputs
+    assert out.packed, "the tiny model does not take the shared-prefix update: this test would test something else"
+    return out
+
+
+def gradient(train, inputs) -> torch.Tensor:
+    model = train.accelerator.unwrap_model(train.model)
+    model.zero_grad(set_to_none=True)
+    train.training_step(train.model, inputs, None)
+    return torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
+
+
+def process(rank: int, port: int, folder: str):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
+                   "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.set_num_threads(1)
+    from accelerate import PartialState
+    from accelerate.utils import gather
+
+    train = trainer(f"{folder}/{rank}")
+    state = PartialState()
+    assert (state.num_processes, state.process_index, state.backend) == (WORLD, rank, "gloo")
+    mine = list(enumerate(LENGTHS))[:3] if rank == 0 else list(enumerate(LENGTHS))[3:]
+    tokens = gather(torch.tensor([sum(sum(m) for _, (_, m) in mine)])).sum().item()
+    inputs = batch(mine, tokens)
+    packs = gather(torch.tensor([len(train.packs(inputs))]))
+    found = gradient(train, inputs)
+    everyone = gather(found[None])
+    torch.save({"gradient": found, "all": everyone, "packs": packs, "tokens": tokens}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def launch(what, folder: str):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(what, args=(port, folder), nprocs=WORLD, start_method="spawn")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("two"))
+    launch(process, folder)
+    return folder, [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_the_processes_split_the_batch_unevenly(found):
+    _, (first, second) = found
+    assert first["packs"].tolist() == second["packs"].tolist() and first["packs"][0] != first["packs"][1]
+    assert first["tokens"] == second["tokens"] == sum(sum(m) for _, m in LENGTHS)
+
+
+def test_two_processes_give_the_gradient_of_one(found):
+    folder, results = found
+    whole = gradient(trainer(f"{folder}/one"), batch(list(enumerate(LENGTHS)), results[0]["tokens"]))
+    for got in results[0]["all"]:
+        assert whole.norm() > 0 and (got - whole).norm() / whole.norm() < 1e-5
+
+
+def trained(rank: int, port: int, folder: str):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
+                   "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.set_num_threads(1)
+    import tiny
+
+    from rmnlhf import grpo, rewards
+
+    grpo.grm.parse_judgement, rewards.process_rewards = tiny.read_anything, tiny.compare_anything
+    metarm = tiny.Linear()
+    run = grpo.train("online", tiny.settings(), splits=tiny.splits(), metarm=metarm, model=(tiny.model(lora=True), tiny.tokenizer()), run=f"{folder}/online")
+    torch.save({"metarm": metarm.weights, "run": str(run)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_policy(tmp_path):
+    """Rollouts of both in one file, MetaRM the same in both, one adapter, whole checkpoints."""
+    import tiny
+
+    from rmnlhf import grpo
+
+    launch(trained, str(tmp_path))
+    settings, run = tiny.settings(), tmp_path / "online"
+    rows = grpo.read(run / "rollouts.jsonl")
+    for step in range(1, settings.grpo.steps + 1):
+        of = [r for r in rows if r["step"] == step]
+        assert len(of) == settings.grpo.prompts * settings.grpo.group and all("advantage" in r for r in of)
+        assert len({(r["pair_id"], r["swap"]) for r in of}) == settings.grpo.prompts
+    assert [r["step"] for r in grpo.read(run / "metrics.jsonl")] == list(range(1, settings.grpo.steps + 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert torch.equal(first["metarm"], second["metarm"]) and first["metarm"].abs().sum() > 0
+    assert (run / "adapter" / "adapter_config.json").exists() and not list(run.rglob("*.part"))
+
+
+def test_a_launcher_that_fails_is_told(tmp_path, monkeypatch):
+    import tiny
+
+    from rmnlhf import grpo
+
+    monkeypatch.setenv("RMNLHF_LAUNCH", f"{sys.executable} -c 'raise SystemExit(3)'")
+    with pytest.raises(RuntimeError, match="rmnlhf.grpo outcome .* ended with status 3"):
+        grpo.train("outcome", tiny.settings(), run=tmp_path / "outcome")
