@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup data repro smoke long gpu test test-gpu lab bench gpu-check lock clean
+.PHONY: help setup data repro smoke long gpu test test-gpu lab bench bench-gpu gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -63,5 +63,7 @@ lock:            ## resolve pyproject.toml anew into requirements/constraints.tx
 clean:           ## results of runs (not data, models, caches)
 	@rm -rf results
 
+bench-gpu: $(READY) ## one GRPO step of a 7B policy by each backend: ours, Unsloth, plain trl (bench/results/gpu.json)
+	@$(BIN)/python bench/gpu.py
 gpu-check: $(READY)  ## every GPU code path once, one JSON file (bench/results/gpu_check.json); without a GPU its CPU parts
 	@$(BIN)/python bench/gpu_check.py

@@ -24,7 +24,6 @@ from gpu_common import ALONE, ROOT, alone, apart, attempt, batch, build, device,
 from gpu_common import report, saved, setting, small_params, timed, tokenizer, trainer, update, useful_flop
 
 
-
 def mask(s) -> dict:
     """The block mask at every place against the dense mask; on CUDA flex attention against dense scaled-dot-product attention."""
     import torch
@@ -251,7 +250,26 @@ def smollm2(s) -> dict:
     return {"logprobs_off": logprob_difference(model, prompt, done), "tokens": sum(len(c.ids) for c in done)}
 
 
+# what a part's figure has to be, and whether that asks for a GPU
+BARS = {
+    "mask.mismatches": ("at most", 0, False), "cpu_equal.gradient": ("at most", 1e-4, True), "gradients.relative_difference": ("at most", 1e-4, False),
+    "updates.ratio": ("at least", 2.5, True), "updates.peak_ratio": ("at most", 0.6, True), "updates.flop_share": ("at least", 0.35, True),
+    "rollouts.ratio_together": ("at least", 1.3, True), "rollouts.logprobs_off_after_sync": ("at most", 0.06, True), "smollm2.logprobs_off": ("at most", 0.06, True),
+    "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
+}  # fmt: skip
 PARTS = (machine, mask, cpu_equal, gradients, updates, rollouts, smollm2, metarm, resume, unsloth, vllm)
+
+
+def bars(found: dict) -> dict:
+    """Each bar beside its figure: {"figure", "bar", "met"}; met is null where the part was not run or the bar is for a GPU."""
+    out = {}
+    for name, (kind, bar, gpu) in BARS.items():
+        part, key = name.split(".")
+        figure = found[part].get(key)
+        judged = figure is not None and (found["cuda"] or not gpu)
+        met = (figure <= bar if kind == "at most" else figure >= bar) if judged else None
+        out[name] = {"figure": figure, "bar": f"{kind} {bar:g}", "met": met}
+    return out
 
 
 def main():
@@ -269,8 +287,11 @@ def main():
         own = part.__name__ in ALONE and found["cuda"]
         found[part.__name__] = alone(__file__, "--part", part.__name__) if own else attempt(part, s)
         print(f"{part.__name__}: {json.dumps(found[part.__name__])}", file=sys.stderr, flush=True)
+    found["bars"] = bars(found)
     report("gpu_check.json", found)
-    sys.exit(any("failed" in v for v in found.values() if isinstance(v, dict)))
+    missed = [f"{n}: {b['figure']} ({b['bar']})" for n, b in found["bars"].items() if b["met"] is False]
+    failed = [n for n, v in found.items() if isinstance(v, dict) and "failed" in v]
+    sys.exit("; ".join([f"failed: {n}" for n in failed] + [f"bar missed: {m}" for m in missed]) or 0)
 
 
 if __name__ == "__main__":

@@ -213,8 +213,7 @@ class Trainer(GRPOTrainer):
         if any(prompt_ids[i] != first[i // g] for i in range(len(prompt_ids))):
             raise RuntimeError("completions of one prompt do not stand side by side: trl's sampler has changed")
         self.engine.sync(self.accelerator.unwrap_model(self.model))
-        process = (self.accelerator.process_index,) if self.accelerator.process_index else ()
-        seed = fingerprint(self.run_seed, self.state.global_step, *process) >> 2
+        seed = fingerprint(self.run_seed, self.state.global_step) >> 2  # random numbers belong to a prompt: each process draws others
         done = self.engine.generate(first, g, self.max_completion_length, self.temperature, r.top_p, seed, r.batch)
         flat = [c for group in done for c in group]
         self.seconds["rollout"] = time.perf_counter() - start

@@ -91,7 +91,7 @@ class ColdStart(Section):
 
 
 class Rollout(Section):
-    engine: Literal["auto", "transformers", "vllm"]
+    engine: Literal["auto", "transformers", "vllm", "server"]
     temperature: Annotated[float, Field(ge=0)]
     top_p: Share
     batch: Positive

@@ -61,7 +61,9 @@ def engine(model, tokenizer, params):
     name = params.rollout.engine
     if name == "auto":
         name = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
-    return VllmEngine(model, tokenizer, params) if name == "vllm" else TransformersEngine(model, tokenizer)
+    if name == "transformers":
+        return TransformersEngine(model, tokenizer)
+    return (VllmServer if name == "server" else VllmEngine)(model, tokenizer, params)
 
 
 def fast_dtype(model) -> torch.dtype:
@@ -386,3 +388,41 @@ class VllmEngine:
             ]
             for request in got
         ]  # fmt: skip
+
+
+class VllmServer:
+    """A vLLM server that all processes share, through trl's client; its address is in $RMNLHF_ROLLOUT_URL.
+
+    The first process sends the merged weights; each asks for its own prompts. How to start the server: README, GPU."""
+
+    def __init__(self, model, tokenizer, params):
+        from accelerate import PartialState
+
+        if not (url := os.environ.get("RMNLHF_ROLLOUT_URL")):
+            raise ValueError("rollout.engine is server: name its address in RMNLHF_ROLLOUT_URL (http://host:port), or set another engine")
+        from trl.generation.vllm_client import VLLMClient
+
+        self.state, self.tokenizer = PartialState(), tokenizer
+        self.client = VLLMClient(base_url=url, connection_timeout=240.0)
+        if self.state.is_main_process:
+            self.client.init_communicator(model.device)
+
+    def sync(self, model):
+        """Send `model`'s weights, its adapter merged."""
+        if self.state.is_main_process:
+            weights = [(k, w.to(torch.bfloat16)) for k, w in merged_weights(model)]
+            self.client.update_named_params([(k, "bfloat16", list(w.shape)) for k, w in weights], iter(weights))
+            self.client.reset_prefix_cache()
+        self.state.wait_for_everyone()
+
+    def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
+        """As `rollout.generate`."""
+        got = self.client.generate(
+            [list(p) for p in prompts], n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0,
+            generation_kwargs={"seed": seed},
+        )  # fmt: skip
+        flat = [
+            Completion(ids, [x[0] for x in logprobs], self.tokenizer.decode(ids, skip_special_tokens=True), ids[-1:] == [self.tokenizer.eos_token_id])
+            for ids, logprobs in zip(got["completion_ids"], got["logprobs"], strict=True)
+        ]
+        return [flat[i : i + n] for i in range(0, len(flat), n)]

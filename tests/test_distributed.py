@@ -80,11 +80,11 @@ def process(rank: int, port: int, folder: str):
     torch.distributed.destroy_process_group()
 
 
-def launch(what, folder: str):
+def launch(what, folder: str, processes: int = WORLD):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(what, args=(port, folder), nprocs=WORLD, start_method="spawn")
+    mp.start_processes(what, args=(port, folder), nprocs=processes, start_method="spawn")
 
 
 @pytest.fixture(scope="module")
@@ -107,39 +107,66 @@ def test_two_processes_give_the_gradient_of_one(found):
         assert whole.norm() > 0 and (got - whole).norm() / whole.norm() < 1e-5
 
 
-def trained(rank: int, port: int, folder: str):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
-                   "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    sys.path.insert(0, os.path.dirname(__file__))
-    torch.set_num_threads(1)
+def train(folder: str):
+    """An online arm of the tiny policy; (MetaRM's weights, run folder)."""
     import tiny
 
     from rmnlhf import grpo, rewards
 
     grpo.grm.parse_judgement, rewards.process_rewards = tiny.read_anything, tiny.compare_anything
+    torch.set_num_threads(1)
     metarm = tiny.Linear()
-    run = grpo.train("online", tiny.settings(), splits=tiny.splits(), metarm=metarm, model=(tiny.model(lora=True), tiny.tokenizer()), run=f"{folder}/online")
-    torch.save({"metarm": metarm.weights, "run": str(run)}, f"{folder}/{rank}.pt")
+    run = grpo.train("online", tiny.settings(), splits=tiny.splits(), metarm=metarm, model=(tiny.model(lora=True), tiny.tokenizer()), run=folder)
+    return metarm.weights, run
+
+
+def trained(rank: int, port: int, folder: str):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
+                   "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.save(train(f"{folder}/both")[0], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_one_policy(tmp_path):
-    """Rollouts of both in one file, MetaRM the same in both, one adapter, whole checkpoints."""
-    import tiny
+def alone(rank: int, port: int, folder: str):
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.save(train(f"{folder}/one")[0], f"{folder}/one.pt")
+
+
+def test_two_processes_train_the_policy_that_one_trains(tmp_path):
+    """The same rollouts, rewards, losses and weights; MetaRM the same in both; whole checkpoints."""
+    from safetensors.torch import load_file
 
     from rmnlhf import grpo
 
     launch(trained, str(tmp_path))
-    settings, run = tiny.settings(), tmp_path / "online"
-    rows = grpo.read(run / "rollouts.jsonl")
-    for step in range(1, settings.grpo.steps + 1):
-        of = [r for r in rows if r["step"] == step]
-        assert len(of) == settings.grpo.prompts * settings.grpo.group and all("advantage" in r for r in of)
-        assert len({(r["pair_id"], r["swap"]) for r in of}) == settings.grpo.prompts
-    assert [r["step"] for r in grpo.read(run / "metrics.jsonl")] == list(range(1, settings.grpo.steps + 1))
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
-    assert torch.equal(first["metarm"], second["metarm"]) and first["metarm"].abs().sum() > 0
-    assert (run / "adapter" / "adapter_config.json").exists() and not list(run.rglob("*.part"))
+    launch(alone, str(tmp_path), 1)
+    found = {}
+    for name in ("one", "both"):
+        run = tmp_path / name
+        rows = sorted(grpo.read(run / "rollouts.jsonl"), key=lambda r: (r["step"], r["pair_id"], r["swap"], r["text"]))
+        found[name] = rows, grpo.read(run / "metrics.jsonl"), load_file(run / "adapter" / "adapter_model.safetensors")
+        assert not list(run.rglob("*.part")) and len(grpo.checkpoints(run)) == grpo.KEPT
+    (rows, metrics, weights), (other_rows, other_metrics, other_weights) = found.values()
+    for key in ("step", "pair_id", "text"):
+        assert [r[key] for r in rows] == [r[key] for r in other_rows]
+    for key in ("reward", "metarm", "advantage"):
+        assert [r[key] for r in rows] == pytest.approx([r[key] for r in other_rows], abs=1e-5)
+    assert [m["reward"] for m in metrics] == pytest.approx([m["reward"] for m in other_metrics], abs=1e-5)
+    assert [m["grad_norm"] for m in metrics] == pytest.approx([m["grad_norm"] for m in other_metrics], rel=1e-3)
+    moved = max((weights[n] - tiny_start()[n]).abs().max().item() for n in weights)
+    apart = max((weights[n] - other_weights[n]).abs().max().item() for n in weights)
+    assert moved > 0 and apart < 0.02 * moved
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", 0, 1))
+    assert torch.equal(first, second) and first.abs().sum() > 0
+    torch.testing.assert_close(one, first)
+
+
+def tiny_start() -> dict:
+    import tiny
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(tiny.model(lora=True))
 
 
 def test_a_launcher_that_fails_is_told(tmp_path, monkeypatch):

@@ -171,3 +171,37 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(monkeypatch, tokenizer)
     (group,) = engine.generate([[1, 2]], 2, 8, 0.7)
     assert [(c.ids, c.logprobs, c.finished) for c in group] == [([7, 2], [-0.5, -1.0], True)] * 2
     assert seen["options"]["max_model_len"] == 168
+
+
+def test_a_vllm_server_takes_merged_weights_and_gives_groups(monkeypatch, tokenizer):
+    """trl's client is real, what it sends is recorded: no server is here."""
+    from trl.generation import vllm_client
+
+    seen = {}
+
+    def post(self, url, json):
+        seen["asked"] = json
+        said = {"tokens": ["token_id:7", "token_id:2"], "token_logprobs": [-0.5, -1.0], "top_logprobs": [{"token_id:7": -0.5}, {"token_id:2": -1.0}]}
+        return {"choices": [{"prompt_token_ids": p, "token_ids": [7, 2], "logprobs": said} for p in json["prompt"] for _ in range(json["n"])]}
+
+    def start(self, base_url, connection_timeout):
+        self.base_url, self.model = base_url, "policy"
+
+    monkeypatch.setattr(vllm_client.VLLMClient, "__init__", start)
+    monkeypatch.setattr(vllm_client.VLLMClient, "_post", post)
+    monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: seen.update(device=device))
+    monkeypatch.setattr(vllm_client.VLLMClient, "update_named_params", lambda self, metadata, named_params: seen.update(meta=metadata, weights=dict(named_params)))
+    monkeypatch.setattr(vllm_client.VLLMClient, "reset_prefix_cache", lambda self: seen.update(reset=True))
+    model, settings = tiny.model(lora=True), tiny.settings(**{"rollout.engine": "server"})
+    with pytest.raises(ValueError, match="RMNLHF_ROLLOUT_URL"):
+        rollout.engine(model, tokenizer, settings)
+    monkeypatch.setenv("RMNLHF_ROLLOUT_URL", "http://localhost:8000")
+    engine = rollout.engine(model, tokenizer, settings)
+    engine.sync(model)
+    merged = tiny.copy_merged(model)
+    assert {name for name, _, _ in seen["meta"]} == set(seen["weights"]) == {n for n, _ in merged.named_parameters()} and seen["reset"]
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(seen["weights"][name], weight.to(torch.bfloat16))
+    groups = engine.generate([[1, 2], [3]], 2, 8, 0.7, 0.9, seed=5)
+    assert [[(c.ids, c.logprobs) for c in g] for g in groups] == [[([7, 2], [-0.5, -1.0])] * 2] * 2
+    assert {k: seen["asked"][k] for k in ("n", "max_tokens", "temperature", "top_p", "seed")} == {"n": 2, "max_tokens": 8, "temperature": 0.7, "top_p": 0.9, "seed": 5}
