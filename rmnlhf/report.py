@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import os
 import platform
 import subprocess
@@ -341,6 +342,12 @@ def _texts(pair: PreferencePair) -> dict:
     }  # fmt: skip
 
 
+def _named(clause: str) -> str:
+    """A clause as a reader knows it: sides by their names again."""
+    clause = re.sub(r"\bSIDE([AB])\b(?: (?='s\b))?", r"Response \1", clause).replace("BOTHSIDES", "both responses")
+    return re.sub(r"\s+([,;:.])", r"\1", clause)
+
+
 def _judgement(row: dict, swap: bool, p: dict | None) -> dict:
     """One judgement for the page, in the pair's own order; rows hold it as shown to the model. A held-out row gets the reward
     that it would have earned with its human critiques."""
@@ -352,7 +359,7 @@ def _judgement(row: dict, swap: bool, p: dict | None) -> dict:
         return swap_sides(text) if swap and text else text
 
     def arguments(name):
-        return [{**a, "text": own(a["text"]), "side": side(a.get("side"))} for a in row.get(name) or []]
+        return [{**a, "text": own(_named(a["text"])), "side": side(a.get("side"))} for a in row.get(name) or []]
 
     def finite(x):
         return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -39,7 +39,7 @@ def judgement_row(pair, order, arm, verdict, f1):
         "id": pair.id, "group": pair.group, "source": pair.source, "order": order, "label": label, "longer": "A",
         "verdict": verdict, "correct": correct, "error": None if verdict else "no choice", "critique": critique if verdict else None,
         "text": critique, "tokens": 20, "precision": f1, "recall": f1, "f1": f1, "inconsistent": bool(correct and f1 < 0.5),
-        "arguments": [{"text": "Response A gives a reason", "side": "A", "polarity": 1, "core": True},
+        "arguments": [{"text": "SIDEA gives a reason", "side": "A", "polarity": 1, "core": True},
                       {"text": "Response B is rude", "side": "B", "polarity": -1, "core": False}],
         "reference": [{"text": "Response A gives a reason", "side": "A", "polarity": 1, "core": True},
                       {"text": "Response B insults", "side": "B", "polarity": -1, "core": True}],
@@ -229,6 +229,7 @@ def test_viewer_puts_sides_in_the_pairs_own_order(tmp_path):
     for j in (ab, ba):  # right exactly where the verdict, in the pair's order, is the gold label
         assert j["correct"] == (j["verdict"] == data["pairs"][entry["pair"]]["label"])
     assert ab["arguments"][0]["side"] == "A" and ba["arguments"][0] == {**ab["arguments"][0], "text": "Response B gives a reason", "side": "B"}
+    assert ab["arguments"][0]["text"] == "Response A gives a reason"  # sides by their names, not as the matcher masks them
     rollout = next(e for e in data["entries"] if e["set"] == "training" and e["shown"][0]["order"] == "ba")
     assert rollout["shown"][0]["critique"].startswith("Response B gives a reason")
     assert rollout["shown"][0]["rewards"]["metarm"] == 1.2
