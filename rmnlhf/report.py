@@ -10,9 +10,9 @@ import csv
 import hashlib
 import json
 import math
-import re
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass, field, replace
 from importlib import metadata
