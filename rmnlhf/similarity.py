@@ -124,8 +124,8 @@ def stance(a: Argument, b: Argument) -> float:
 
 # ---- claim ----------------------------------------------------------------------------------------------------------
 # log-odds that two clauses of one stance make the same point: found by random search on training debates, generated pairs (none
-# that 02 reads in profiles cpu and long) and the contradictions of bench/similarity.py, which takes each away in turn
-WEIGHTS = {"bias": -3.8, "cosine": 5.0, "words": 4.4, "aspects": 4.4, "specific": 0.0}
+# that 02 reads in profiles cpu and long) and half of the claims of bench/similarity.py, which takes each weight away in turn
+WEIGHTS = {"bias": -5.0, "cosine": 8.0, "words": 5.6, "aspects": 4.2}
 
 
 @lru_cache(maxsize=500_000)
@@ -139,14 +139,9 @@ def _claim(one: str, other: str) -> tuple[bool, bool, float]:
     words = 2 * sum(a.weights[c] for c in shared) / total if total else 0.0
     logit = WEIGHTS["bias"] + WEIGHTS["words"] * words
     mine, theirs = a.aspects - {"overall"}, b.aspects - {"overall"}
-    if mine & theirs or (a.aspects == b.aspects == {"overall"}):  # two clauses full of their own matter need more than the same aspect
-        logit += WEIGHTS["aspects"] - WEIGHTS["specific"] * min(_specific(a), _specific(b))
+    if mine & theirs or (a.aspects == b.aspects == {"overall"}):
+        logit += WEIGHTS["aspects"]
     return negated, other_thing, logit
-
-
-def _specific(claim: Claim) -> float:
-    """Share of a clause's concepts that no general vocabulary of critiques holds."""
-    return sum(w == 1.0 for w in claim.weights.values()) / len(claim.weights) if claim.weights else 0.0
 
 
 def _other_name(a: Claim, b: Claim) -> bool:
