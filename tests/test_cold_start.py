@@ -140,11 +140,11 @@ def test_training_lowers_the_loss_resumes_and_is_done_once(P, tmp_path, monkeypa
 
     real, calls = cold_start.loss, []
 
-    def dies(model, examples):
+    def dies(model, examples, packs):
         calls.append(1)
         if len(calls) == 28:
             raise KeyboardInterrupt
-        return real(model, examples)
+        return real(model, examples, packs)
 
     monkeypatch.setattr(cold_start, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
