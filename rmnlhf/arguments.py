@@ -109,7 +109,7 @@ ignoring forgets forgot overlooks neglects neglected neglect didn't doesn't don'
 doesnt dont isnt didnt wasnt cant wont"""
 _CARRIERS_WORDS = """fact information detail point example reason explanation explain evidence answer source claim statement response reasoning
 sense topic support context prompt request instruction requirement constraint proof opinion right direct work spelling grammar format formatting
-layout issue logic structure clarity readability punctuation factual grammatical logical objective instruction"""
+layout issue logic structure clarity readability punctuation factual grammatical logical objective"""
 _BLAMING = set(_BLAMING_WORDS.split())
 _STOP_WORDS = """a an the of to in on at by for from with as is are was were be been being am it its this that these those which who whom whose
 what and or but if then than so because since while whereas although though however also just even only very much quite more most
@@ -158,7 +158,7 @@ _SIGN, _ASPECT, _ANTONYM = _read_lexicon()
 _CARRIERS = {stem(w) for w in _CARRIERS_WORDS.split()}  # their sign yields to a word beside them: "wrong facts", "good spelling"
 _MENDING = {stem(w) for w in ("address", "resolve", "fix", "correct", "identify", "recognize", "recognise", "acknowledge", "handle", "solve")}
 _INTENSIFIERS = {"completely", "strongly", "truly", "perfectly"}
-_PARTICIPLES = set(["missing", "missed", "absent", "lacking", "omitted", "ignored", "neglected", "forgotten", "overlooked"])
+_PARTICIPLES = {"missing", "missed", "absent", "lacking", "omitted", "ignored", "neglected", "forgotten", "overlooked"}
 _BELITTLING = {"just": 0.35, "only": 0.35, "merely": 0.6}
 _WEAK_STEMS = {stem(w) for w in _WEAK.split()}
 ASPECTS = sorted(set(_ASPECT.values()))

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from . import grm, policy, rewards, rollout, shared_prefix
+from . import grm, judge, policy, rewards, rollout, shared_prefix
 from .pairs import PreferencePair, fingerprint, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class RewardFunction:
             return [None] * len(said)
         references = [x.agreeing if j.error is None else [] for j, x in zip(said, shown)]
         backend = self.params.similarity.backend
-        return rewards.process_rewards([j.critique for j in said], references, backend=backend, judge=self.judge)
+        return rewards.process_rewards([j.critique for j in said], references, backend=backend, judge=self.judge or judge.of(self.params))
 
     def _metarm(self, said, shown, pair_id, swap, process):
         scores, loss = [None] * len(said), None

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import diskcache
@@ -32,6 +33,16 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever Retry-After asks f
 VLLM_MEMORY = 0.4  # share of the GPU for a local judge: the policy needs the rest
 VLLM_BATCH = 256  # answers between two writes to the cache
 _VERSION = re.compile(r"[-@:]v?\d[\w.\-]*")  # what a provider adds to the name asked for: "-2024-08-06", ":0905"
+
+
+@lru_cache(maxsize=1)
+def _shared(section: str):
+    return Judge(JudgeParams.model_validate_json(section))
+
+
+def of(params) -> Judge | None:
+    """The judge that reads critiques where `similarity.backend` is "llm", else None: one for each process, so one budget and one bill."""
+    return _shared(params.judge.model_dump_json()) if params.similarity.backend == "llm" else None
 
 
 class JudgeError(RuntimeError):

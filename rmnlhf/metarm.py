@@ -108,9 +108,10 @@ def from_humans(pairs: Sequence[PreferencePair], params, judge=None) -> list[dic
 
 
 def _process(critiques, references, params, judge):
+    from .judge import of
     from .similarity import similarity_many
 
-    found = similarity_many(critiques, references, backend=params.similarity.backend, judge=judge)
+    found = similarity_many(critiques, references, backend=params.similarity.backend, judge=judge or of(params))
     return [None if s is None else s.f1 for s in found]
 
 

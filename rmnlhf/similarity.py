@@ -124,7 +124,7 @@ def stance(a: Argument, b: Argument) -> float:
 
 # ---- claim ----------------------------------------------------------------------------------------------------------
 # log-odds that two clauses of one stance make the same point: found by random search on training debates, generated pairs (none
-# that 02 reads in profiles cpu and long) and half of the claims of bench/similarity.py, which takes each weight away in turn
+# that 02 reads in profiles cpu and long; their wordings are the same) and claims of bench/similarity.py, which takes each away in turn
 WEIGHTS = {"bias": -5.0, "cosine": 8.0, "words": 5.6, "aspects": 4.2}
 
 
@@ -171,7 +171,7 @@ def match(a: Argument, b: Argument, cosine: float) -> float:
 
 
 def _distinct(arguments: Sequence[Argument]) -> list[Argument]:
-    """One critique's arguments, each point once: of those that say the same in other words the first in the alphabet stays."""
+    """One critique's arguments, each point once: of those that say the same in other words one stays, core where any of them is."""
     if len(arguments) < 2:
         return list(arguments)
     alone = [replace(a, members=()) for a in arguments]
@@ -179,7 +179,7 @@ def _distinct(arguments: Sequence[Argument]) -> list[Argument]:
     same = (_scores(alone, alone) >= SAID) & (side[:, None] == side)
     _, point = connected_components(same, directed=False)
     first: dict = {}
-    for n in sorted(range(len(arguments)), key=lambda n: arguments[n].text):
+    for n in sorted(range(len(arguments)), key=lambda n: (not arguments[n].core, arguments[n].text)):  # whatever their order
         first.setdefault(point[n], n)
     return [arguments[n] for n in sorted(first.values())]
 
@@ -209,8 +209,9 @@ def reference(critiques: Sequence[str | HumanCritique], backend: str = "offline"
 
 
 def _merge(per_annotator: list[list[Argument]]) -> list[Argument]:
+    per_annotator = [_distinct(found) for found in per_annotator]
     if len(per_annotator) == 1:
-        return _distinct(per_annotator[0])
+        return per_annotator[0]
     everything = [(k, a) for k, found in enumerate(per_annotator) for a in found]
     alone = [replace(a, members=()) for _, a in everything]
     pairwise = _scores(alone, alone)
@@ -267,12 +268,12 @@ def similarity_many(generated, references, kind: str = "core", backend: str = "o
 def _one(critique, references, generated, merged, kind):
     if generated is None or merged is None:  # missing, not zero
         return Similarity(math.nan, math.nan, math.nan)
+    generated = _distinct(generated)
     if kind == "core":
         generated = [a for a in generated if a.core]
         merged = [a for a in merged if a.core]
     if not generated or not merged:
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)
-    generated = _distinct(generated)
     repeats = repetition(critique)
     if repeats >= REPEATED and repeats > max(map(repetition, references)):
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)

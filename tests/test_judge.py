@@ -445,3 +445,37 @@ def test_with_a_real_model(endpoint, judge, smollm2):
     before = len(server.seen)
     assert judge(model="SmolLM2-135M", replay_only=True).ask(asked, schema) == [{"choice": "Paris"}, {"choice": "blue"}]
     assert len(server.seen) == before
+
+
+def test_the_llm_backend_finds_its_judge_wherever_critiques_are_compared(monkeypatch):
+    """Profile gpu compares by an LLM: training, MetaRM's rows and the evaluation all ask one judge, made from the parameters."""
+    import tiny
+
+    from rmnlhf import grpo, metarm
+    from rmnlhf import judge as module
+    from rmnlhf.benchmarks import runner
+
+    asked = []
+
+    class Fake:
+        def __init__(self, section):
+            self.section = section
+
+        def ask(self, messages, schema):
+            asked.append(self)
+            return [{"arguments": [{"text": "names a reason", "side": "A", "polarity": "praise", "core": True}]} for _ in messages]
+
+    monkeypatch.setattr(module, "Judge", Fake)
+    module._shared.cache_clear()
+    settings, pairs = tiny.settings(**{"similarity.backend": "llm"}), tiny.pairs(2)
+    text = "<critics>Response A names a reason.</critics>\n<choice>[[A]]</choice>"
+    reward = grpo.RewardFunction("human", settings, pairs)
+    reward(prompts=["p"], completions=[text], pair_id=[pairs[0].id], swap=[0])
+    assert reward.rows[0]["process"] == 1.0
+    assert metarm._process(["Response A names a reason."], [["Response A is reasonable."]], settings, None) == [1.0]
+    rows = [{"critique": "Response A names a reason.", "correct": 1.0, "error": None}]
+    runner._process(pairs[:1], rows, settings)
+    assert rows[0]["f1"] == 1.0
+    assert len(asked) == 3 and len(set(map(id, asked))) == 1 and asked[0].section == settings.judge
+    assert module.of(tiny.settings()) is None
+    module._shared.cache_clear()

@@ -114,12 +114,12 @@ def _process(shown: list[PreferencePair], rows: list[dict], params):
     with_reference = [i for i, p in enumerate(shown) if p.agreeing]
     if not with_reference:
         return
-    from rmnlhf import similarity
+    from rmnlhf import judge, similarity
 
     scored = [i for i in with_reference if rows[i]["critique"]]
     found = similarity.similarity_many(
         [rows[i]["critique"] for i in scored], [[c.text for c in shown[i].agreeing] for i in scored], kind="core",
-        backend=params.similarity.backend,
+        backend=params.similarity.backend, judge=judge.of(params),
     ) if scored else []  # fmt: skip
     found = dict(zip(scored, found))
     for i in with_reference:
