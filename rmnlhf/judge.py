@@ -21,7 +21,6 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 import diskcache
-from jsonschema import Draft202012Validator
 from tenacity import AsyncRetrying, retry_if_exception_type
 from tqdm.auto import tqdm
 
@@ -111,7 +110,7 @@ class Judge:
         Equal conversations are asked once. Raises JudgeError where going on is pointless (no address, wrong key, unknown
         model, endpoint gone) and BudgetError; either way what was answered is kept, and the same call later asks only the rest.
         """
-        Draft202012Validator.check_schema(schema)
+        _validator(schema)
         keys = [self.key(messages, schema) for messages in messages_list]
         found, reasons, todo = {}, {}, {}
         for key, messages in zip(keys, messages_list):
@@ -175,7 +174,7 @@ class Judge:
     async def _batch(self, url, todo, schema, found, reasons):
         from openai import AsyncOpenAI
 
-        queue, validator, host = iter(todo.items()), Draft202012Validator(schema), urlsplit(url).netloc.rpartition("@")[2]
+        queue, validator, host = iter(todo.items()), _validator(schema), urlsplit(url).netloc.rpartition("@")[2]
         bar = tqdm(total=len(todo), desc="judge", disable=len(todo) < 32)
         key = os.environ.get(self.params.key_env) or "none"
         async with AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=self.params.timeout) as client:
@@ -319,7 +318,7 @@ class Judge:
         sampling = SamplingParams(
             temperature=0.0, max_tokens=self.params.answer_tokens, structured_outputs=StructuredOutputsParams(json=schema)
         )
-        validator, items = Draft202012Validator(schema), list(todo.items())
+        validator, items = _validator(schema), list(todo.items())
         for start in tqdm(range(0, len(items), VLLM_BATCH), desc="judge", disable=len(items) <= VLLM_BATCH):
             batch, reserved = [], 0
             for key, messages in items[start : start + VLLM_BATCH]:
@@ -349,7 +348,14 @@ class Judge:
                 return
 
 
-def read_answer(text: str | None, validator: Draft202012Validator, cut: bool = False) -> dict:
+def _validator(schema: dict):
+    from jsonschema import Draft202012Validator  # here: it takes longer to import than the rest of this module
+
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def read_answer(text: str | None, validator, cut: bool = False) -> dict:
     """The one JSON object in `text` that fits the validator's schema, else Unreadable.
 
     Read past: a think block, code fences, prose around the object. Two different objects that fit are no answer, since one of

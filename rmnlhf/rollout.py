@@ -158,13 +158,14 @@ class TransformersEngine:
         live = torch.arange(len(prompts) * n, device=device)  # row -> completion; finished rows leave
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         kv, logits = _Shared(lengths, n), []
-        for g, ids in enumerate(prompts):
+        for some in _alike(lengths.tolist()):  # padded on the right, where a causal mask hides it
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[g], device=device) for g in some], batch_first=True)
+            ends, at = torch.unique(lengths[some] - 1, return_inverse=True)  # the head is applied at the prompts' ends alone
             cache = DynamicCache(config=model.config)
-            last = torch.tensor([len(ids) - 1], device=device)  # an index: a slice of one row makes torch copy the head's weights
-            got = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=last)
-            kv.put(g, cache)
-            logits.append(got.logits[0, -1])
-        logits = torch.stack(logits).repeat_interleave(n, 0)
+            got = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=ends)
+            kv.put(some, cache)
+            logits.append(got.logits[torch.arange(len(some), device=device), at])
+        logits = torch.cat(logits).repeat_interleave(n, 0)
         uniform = torch.stack(uniform).flatten(0, 1).to(device)  # rows × tokens
         ids = torch.zeros(len(live), max_new_tokens, dtype=torch.long, device=device)
         lps = torch.zeros(len(live), max_new_tokens, device=device)
@@ -197,6 +198,18 @@ class TransformersEngine:
         return [Completion(r[:c], p[:c], x, f) for r, p, c, x, f in zip(ids, lps, count, texts, finished)]
 
 
+def _alike(lengths, tokens=4096, ratio=0.75):
+    """Groups of prompts (lengths, the longest first) to encode in one pass: at most `tokens` with padding, little of it padding."""
+    groups: list = []
+    for g, length in enumerate(lengths):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= tokens and length >= ratio * longest:
+            groups[-1].append(g)
+        else:
+            groups.append([g])
+    return groups
+
+
 def _uniforms(prompts, n, tokens, seed):
     """One (n, tokens) block of random numbers in [0, 1) for each prompt, by the prompt's tokens and how often it came before."""
     seen, out = {}, []
@@ -210,20 +223,22 @@ def _uniforms(prompts, n, tokens, seed):
 
 def _sample(logits, uniform, temperature, top_p):
     """Token and its log-probability for each row, by the inverse of the distribution function."""
-    logits = logits.float()
     if temperature == 0:
+        logits = logits.float()
         token = logits.argmax(-1)
         return token, (logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
-    logps = torch.log_softmax(logits / temperature, -1)
-    probs = logps.exp()
+    logits = logits.float() / temperature
+    logits -= logits.amax(-1, keepdim=True)
+    probs = logits.exp()  # not normalised
+    mass = probs.sum(-1)
     if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
+        ranked, order = (probs / mass[:, None]).sort(-1, descending=True)
         ranked[(ranked.cumsum(-1) - ranked) >= top_p] = 0.0
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    total = probs.cumsum(-1)
+    total = probs.cumsum_(-1)
     at = (uniform.to(total.dtype) * total[:, -1])[:, None]
     token = torch.searchsorted(total, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return token, logps.gather(-1, token[:, None])[:, 0]
+    return token, logits.gather(-1, token[:, None])[:, 0] - mass.log()
 
 
 class _Shared:
@@ -243,16 +258,18 @@ class _Shared:
         self.tokens = 0  # own tokens before this step
         self._layout()
 
-    def put(self, g: int, cache):
-        """Take over prompt `g` from a Transformers cache that holds it alone."""
+    def put(self, some: list, cache):
+        """Take over the prompts `some` from a Transformers cache that holds them, padded on the right."""
+        lengths = self.lengths[some].tolist()
         for i, layer in enumerate(cache.layers):
-            _, h, p, d = layer.keys.shape
+            _, h, _, d = layer.keys.shape
             if len(self.prompt) <= i:
                 new = layer.keys.new_zeros
                 self.prompt.append([new(len(self.lengths) * h, self.width, d) for _ in "kv"])
                 self.own.append([new(len(self.rows) * h, 0, d) for _ in "kv"])
             for kept, got in zip(self.prompt[i], (layer.keys, layer.values)):
-                kept[g * h : (g + 1) * h, :p] = got[0]
+                for g, p, x in zip(some, lengths, got):
+                    kept[g * h : (g + 1) * h, :p] = x[:, :p]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         own = self.own[layer_idx]
