@@ -14,6 +14,8 @@ from pathlib import Path
 
 from . import ROOT
 
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's check of IRIs: a second at each start, and no notebook holds one
+
 
 def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "results/notebooks") -> Path:
     """Execute notebooks/<name>.ipynb from the repository root; returns the HTML file.

@@ -8,6 +8,7 @@ A source's files, upstream commit, licence and sha256 stand in manifest.json; hu
 from __future__ import annotations
 
 import gzip
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -131,12 +132,18 @@ def read(name: str, data_dir: str | Path = "data") -> tuple[list[PreferencePair]
 def _read(name: str, data_dir: Path) -> tuple[list[PreferencePair], Counter]:
     module = import_module(f"rmnlhf.sources.{MODULES.get(name, name)}")
     pairs, refused = [], Counter()
-    for fields in module.fields(data_dir, name):
-        try:
-            if isinstance(fields, dict):
-                pairs.append(settle(PreferencePair(source=name, **fields)))
-            else:
-                refused[fields] += 1
-        except ValueError as e:
-            refused[str(e).split("': ", 1)[-1]] += 1  # without the id
+    collecting = gc.isenabled()
+    gc.disable()  # walking all rows anew as they grow takes as long as reading them
+    try:
+        for fields in module.fields(data_dir, name):
+            try:
+                if isinstance(fields, dict):
+                    pairs.append(settle(PreferencePair(source=name, **fields)))
+                else:
+                    refused[fields] += 1
+            except ValueError as e:
+                refused[str(e).split("': ", 1)[-1]] += 1  # without the id
+    finally:
+        if collecting:
+            gc.enable()
     return pairs, refused
