@@ -1,6 +1,9 @@
+import os
 import re
 import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -53,3 +56,18 @@ def test_notebook_form(path):
     assert max(len(c.source.splitlines()) for c in code) <= 30
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
     assert nb.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="nothing is done beside a GPU")
+def test_freed_memory_is_used_again():
+    code = """
+import resource, rmnlhf, torch
+faults = []
+for _ in range(24):
+    torch.ones(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-12])
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.05 * 11 * 2**26 / 4096  # pages of eleven tensors of 64 MB
