@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository: notebooks run f
 
 def _keep_memory():
     """On a CPU: keep large freed blocks in this process. glibc would hand each back, and the kernel clear its pages anew for the
-    next tensor, which took 40 % of an update. Does nothing beside an NVIDIA GPU, or where a MALLOC_ variable says otherwise."""
+    next tensor: a large part of an update where page faults are dear, as in virtual machines. Does nothing beside an NVIDIA GPU,
+    or where a MALLOC_ variable is set."""
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists() or any(k.startswith("MALLOC_") for k in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries

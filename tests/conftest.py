@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
     if fetch.mirror() or any(f.is_file() for f in (ROOT / "data").rglob("*")):  # some data: what lacks is an error
         return
     without = [i for i in items if "data_dir" in i.fixturenames]
-    items[:] = [i for i in items if "data_dir" not in i.fixturenames]
+    items[:] = [i for i in items if i not in without]
     config.hook.pytest_deselected(items=without)
     config.stash[NOT_RUN] = len(without)
 

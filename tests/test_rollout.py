@@ -57,6 +57,17 @@ def test_batch_size_and_early_stops_change_nothing(tokenizer, batch):
             torch.testing.assert_close(torch.tensor(c.logprobs), torch.tensor(d.logprobs), atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_encoded_in_one_pass_are_those_encoded_alone(model, tokenizer):
+    assert rollout._alike([8, 7, 6]) == [[0, 1, 2]] and rollout._alike([8, 5, 4]) == [[0], [1, 2]]
+    assert rollout._alike([8, 8], tokens=15) == [[0], [1]]
+    prompts = [list(range(20, 28)), list(range(40, 47)), list(range(60, 66))]  # padded to one length
+    for prompt, group in zip(prompts, draw(model, tokenizer, prompts, batch=64)):
+        (alone,) = draw(model, tokenizer, [prompt], batch=64)
+        assert [c.ids for c in group] == [c.ids for c in alone]
+        for c, d in zip(group, alone):
+            torch.testing.assert_close(torch.tensor(c.logprobs), torch.tensor(d.logprobs), atol=1e-4, rtol=1e-4)
+
+
 def test_order_of_prompts_changes_nothing(model, tokenizer):
     one = draw(model, tokenizer, PROMPTS[:3])
     other = draw(model, tokenizer, PROMPTS[:3][::-1])[::-1]

@@ -7,8 +7,8 @@ A source's files, upstream commit, licence and sha256 stand in manifest.json; hu
 
 from __future__ import annotations
 
-import gzip
 import gc
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator
