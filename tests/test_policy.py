@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,9 @@ def test_what_is_missing_is_named(P, tmp_path):
 
 def test_minilm_folder_is_complete():
     assert (Path(policy.prepare("minilm")) / "config_sentence_transformers.json").exists()
+
+
+def test_every_function_that_mkl_computes_is_called_once_by_one_thread():
+    header = Path(torch.__file__).parent / "include" / "ATen" / "cpu" / "vml.h"
+    names = re.findall(r"^IMPLEMENT_VML_MKL\((\w+), \w+\)", header.read_text(), re.M)
+    assert "cos" in names and set(names) <= set(policy.ELEMENTWISE)
