@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup data repro smoke long gpu test test-gpu lab bench bench-gpu gpu-check lock clean
+.PHONY: help setup data repro smoke long readme gpu test test-gpu lab bench bench-gpu gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -41,6 +41,8 @@ smoke: data      ## the whole pipeline, small, in some minutes
 	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
 long: data       ## the figures of the README: more steps, more rows; resumes
 	@RMNLHF_PROFILE=long $(BIN)/dvc repro
+readme: $(READY) ## README's figures from results/, a run of `make long` (docs/long keeps what they are read from)
+	@$(BIN)/python -m rmnlhf.report
 gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
 	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
 

@@ -93,7 +93,7 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     dtype = getattr(torch, p.dtype)
     name = str(prepare(p.model)) if p.model in PACKAGED else p.model
     if kind == "unsloth":
-        from unsloth import FastLanguageModel  # first of all: it rewrites trl and transformers
+        from unsloth import FastLanguageModel  # here, not first: imported before trl it puts its own trainers in the place of trl's
 
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=name, revision=p.revision, dtype=dtype, load_in_4bit=p.load_in_4bit,

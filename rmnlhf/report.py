@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -388,8 +389,9 @@ def _judgement(row: dict, swap: bool, p: dict | None) -> dict:
 
 
 def build(results: str | Path = "results", out: str | Path | None = None) -> Path:
-    """Write <results>/report.html, self-contained, and return its path."""
+    """Write <results>/report.html, self-contained, and return its path; what was run stands in <results>/run.json too."""
     run = collect(results)
+    (run.folder / "run.json").write_text(json.dumps({k: v for k, v, _ in provenance(run)}, indent=1) + "\n", encoding="utf-8")
     data = viewer(run)
     script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -454,3 +456,53 @@ def model_card(params, adapter: str | Path, results: str | Path = "results") -> 
         params=params, arm=arm, figures=figures, show=show, commit=commit(), versions=versions(), limits=limits(run, []),
         licences={s: sources.licence(s) if s in sources.names() else "the owner's" for s in (run.source or "").split("+") if s},
     )  # fmt: skip
+
+
+# ---- README --------------------------------------------------------------------------------------------------------------
+
+KEPT = ROOT / "docs" / "long"  # metrics, parameters and main figures of the run that README shows
+SHOWN = {"06_arms.png": "core-F1, verdict accuracy and inconsistency of each arm", "09_learning_curves.png": "learning curves"}
+BLOCK = re.compile(r"(<!-- run of profile long: made by `make readme` -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def keep(results: str | Path = "results", folder: Path = KEPT) -> None:
+    """Copy what README shows of a run of profile long to `folder`, to be committed: figures and numbers, no text of the data.
+
+    Raises ValueError for a run of another profile, and for one that lacks a stage."""
+    run = collect(results)
+    profile = (run.params or {}).get("profile")
+    if profile != "long":
+        raise ValueError(f"{results} holds a run of profile {profile}; README shows one of profile long: `make long`")
+    if missing := [s for s in STAGES if s not in run.metrics]:
+        raise ValueError(f"{results} lacks stages {', '.join(missing)}: `make long` goes on where it stopped")
+    shutil.rmtree(folder, ignore_errors=True)
+    names = ["params.yaml", "run.json", *(f"figures/{n}" for n in SHOWN), *(f"metrics/{s}.json" for s in STAGES)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.folder / name, folder / name)
+
+
+def excerpt(folder: Path = KEPT) -> str:
+    """Markdown from the files that `keep` left: the arms, the paper's claims, what was run."""
+    run, lines = collect(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run.source = lines["Data"]
+    arms = [a for a in ("cold_start", "outcome", "offline", "online", "human") if f"{a}.core-F1" in run.metrics["06_grpo_online"]]
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
+    return env.get_template("readme.md.j2").render(
+        arms=arms, metrics=run.metrics["06_grpo_online"], claims=claims(run), lines=lines, show=show, shown=SHOWN, limits=limits(run, []),
+        folder=folder.relative_to(ROOT).as_posix(),
+    )  # fmt: skip
+
+
+def with_excerpt(readme: str) -> str:
+    """README's text with the block between its two marks made anew."""
+    return BLOCK.sub(lambda found: found[1] + excerpt() + found[2], readme)
+
+
+if __name__ == "__main__":  # make readme
+    try:
+        keep()
+    except (FileNotFoundError, ValueError) as e:
+        print(f"{KEPT.relative_to(ROOT)} stays as it is: {e}")
+    path = ROOT / "README.md"
+    path.write_text(with_excerpt(path.read_text(encoding="utf-8")), encoding="utf-8")

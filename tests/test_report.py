@@ -434,3 +434,25 @@ def test_two_thousand_rollouts_without_lag(browser, tmp_path):
       return Math.max(...t);""")
     assert slow < 250  # milliseconds, on a busy machine
     assert path.stat().st_size < 8e6
+
+
+# ---- README --------------------------------------------------------------------------------------------------------------
+
+
+def test_readme_shows_only_a_whole_run_of_long(tmp_path):
+    run = make_results(tmp_path / "results")
+    with pytest.raises(ValueError, match="profile smoke"):
+        report.keep(run, tmp_path / "kept")
+    p = yaml.safe_load((run / "params.yaml").read_text()) | {"profile": "long"}
+    (run / "params.yaml").write_text(yaml.safe_dump(p))
+    with pytest.raises(ValueError, match="lacks stages .*03_cold_start"):
+        report.keep(run, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_readme_figures_are_those_of_the_committed_run():
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.BLOCK.search(readme)
+    assert report.with_excerpt(readme) == readme, "run `make readme`"
+    for name in report.SHOWN:
+        assert (report.KEPT / "figures" / name).stat().st_size > 10_000
