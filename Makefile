@@ -6,6 +6,7 @@ READY := .venv/.ready
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements/constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 WITH_GPU := [gpu,dev]
+GPU_DATA := helpsteer3 tulu3_if rewardbench rewardbench2
 EXTRAS := $(if $(filter-out 0,$(GPU)),$(WITH_GPU),[dev])
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -44,6 +45,7 @@ long: data       ## the figures of the README: more steps, more rows; resumes
 readme: $(READY) ## README's figures from results/, a run of `make long` (docs/long keeps what they are read from)
 	@$(BIN)/python -m rmnlhf.report
 gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
 	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
 
 test: data       ## all tests but those that need a GPU

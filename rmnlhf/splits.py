@@ -42,9 +42,16 @@ class Splits:
 
 
 def make(params) -> Splits:
-    """Splits of one run; the same params and files give the same splits, pair by pair."""
+    """Splits of one run; the same params and files give the same splits, pair by pair.
+
+    Where no critique source is there, the generated pairs `controlled` take its place; FileNotFoundError in profile gpu."""
     d, seed = params.data, params.seed
     with_critiques, missing = _present(d.critique_sources, d.dir)
+    if not with_critiques and params.profile == "gpu":
+        raise FileNotFoundError(
+            f"{d.dir} has none of data.critique_sources ({', '.join(missing)}), and profile gpu does not train on generated pairs: run "
+            f"`python -m rmnlhf.sources {' '.join(missing)}` where the hub can be reached, or name sources that are there"
+        )
     if not with_critiques:
         log.warning("NO DATA for %s: running on the generated pairs `controlled` instead", ", ".join(missing))
         with_critiques = ["controlled"]
