@@ -15,6 +15,7 @@ ARMS = {
     "outcome": _COLOURS[7], "human": _COLOURS[2], "offline": _COLOURS[1], "online": _COLOURS[0],
     "cold_start": _COLOURS[4], "base": _COLOURS[5],
 }  # fmt: skip
+_FREE = [c for c in _COLOURS if c not in ARMS.values()]
 
 
 def style():
@@ -24,9 +25,13 @@ def style():
 
 
 def palette(names) -> dict:
-    """Colour of each name: the fixed one of an arm ("online-8" is arm online), else the next free colour."""
-    free = iter(list(sns.color_palette("husl", max(1, len(set(names))))))
-    return {n: ARMS.get(str(n).split("-")[0]) or next(free) for n in dict.fromkeys(names)}
+    """Colour of each name: the fixed one of an arm ("online-8" is arm online), else the next free colour of the same palette.
+
+    All are safe for colour-blind readers. After the last free colour come darker shades of them, each round by 0.6."""
+    names = list(dict.fromkeys(names))
+    others = [n for n in names if str(n).split("-")[0] not in ARMS]
+    shade = {n: tuple(x * 0.6 ** (i // len(_FREE)) for x in _FREE[i % len(_FREE)]) for i, n in enumerate(others)}
+    return {n: shade.get(n) or ARMS[str(n).split("-")[0]] for n in names}
 
 
 def intervals(table, x: str, y: str, hue: str | None = None, ax=None, low: str = "low", high: str = "high"):
