@@ -15,6 +15,7 @@ Arms: what pays beside format and verdict.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -94,10 +95,8 @@ class RewardFunction:
         options = (p.reward.weight, p.reward.gated, p.reward.binary, p.similarity.threshold)
         base = [rewards.composite(j, x.label, f, *options) for j, x, f in zip(said, shown, process)]
         scores, loss = self._metarm(said, shown, pair_id, swap, process)
-        weight, bonus = p.reward.weight, p.reward.bonus
-        final = [
-            b if m is None else rewards.from_metarm(j, x.label, m, weight, bonus) for b, m, j, x in zip(base, scores, said, shown)
-        ]
+        options = (p.reward.weight, p.reward.bonus, p.reward.gated, p.metarm.target)
+        final = [b if m is None else rewards.from_metarm(j, x.label, m, *options) for b, m, j, x in zip(base, scores, said, shown)]
         self.rows = [
             {
                 "step": step, "pair_id": i, "source": x.source, "swap": bool(w), "text": c, "critique": j.critique, "verdict": j.verdict,
@@ -233,6 +232,7 @@ class Trainer(GRPOTrainer):
         advantages_P_G = advantages(rewards_P_G)
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         out["advantages"] = advantages_P_G.flatten()[mine]
+        out["completion_mask"] = out["completion_mask"] * rewards_P_G.isfinite().flatten()[mine, None]  # no reward: no gradient
         degenerate = (advantages_P_G == 0).all(-1)
         self._metrics["train"]["degenerate_groups"].append(degenerate.float().mean().item())
         for row, a in zip(self.reward.rows, advantages_P_G.flatten().tolist(), strict=True):
@@ -282,7 +282,9 @@ class Trainer(GRPOTrainer):
         """Rows of each micro-batch: whole groups up to grpo.token_budget, a larger group in parts; only rows with a gradient."""
         lengths = inputs["completion_mask"].sum(1).tolist()
         prompt = inputs["prompt_mask"].sum(1).tolist()
-        kept = (inputs["advantages"] != 0) & (inputs["completion_mask"].sum(1) > 0)
+        of = torch.arange(len(lengths), device=inputs["advantages"].device) // self.num_generations
+        live = torch.bincount(of, weights=(inputs["advantages"] != 0).double()) > 0
+        kept = live[of] & (inputs["completion_mask"].sum(1) > 0)  # a reward at its group's mean still has a KL term
         packs, room, group = [], 0, None
         for i in kept.nonzero()[:, 0].tolist():
             g = i // self.num_generations
@@ -424,7 +426,7 @@ class _Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.drift is not None and self.drift.due(state.global_step):
-            self.drift.measure(state.global_step, model, processing_class, self.trainer.reward.metarm)
+            self.drift.measure(state.global_step, model, processing_class, self.trainer.reward.metarm, self.trainer.engine)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -496,11 +498,13 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         return _launch(arm, params, seed, run)
     splits = splits or splits_.load()
     pairs, rows = prompts(arm, params, splits, seed)
-    frozen = None
+    frozen = weights = None
     if arm in ("offline", "online") and metarm is None:
         from .metarm import MetaRM
 
-        metarm, frozen = (MetaRM.load("results/runs/metarm", params.metarm) for _ in range(2))
+        weights = hashlib.sha256(Path("results/runs/metarm/state.pt").read_bytes()).hexdigest()[:16]
+        metarm = MetaRM.load("results/runs/metarm", params.metarm)
+        frozen = MetaRM.load("results/runs/metarm", params.metarm) if arm == "online" else None
     reward = RewardFunction(arm, params, pairs, metarm, judge)
     if model is None:
         policy_, tokenizer = policy.load(params, start(params), trainable=True)
@@ -512,9 +516,12 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         if row["prompt"] not in encoded:
             pair = reward.pairs[row["pair_id"]]
             encoded[row["prompt"]] = grm.encode_prompt(pair, tokenizer, params.policy.max_prompt, bool(row["swap"]), params.grm.think)
-    used = ("policy", "grm", "similarity", "rollout", "reward", "metarm", "grpo")
+    used = ["policy", "grm", "similarity", "rollout", "reward", "metarm", "grpo"]
+    used += ["judge"] if params.similarity.backend == "llm" else []
+    said = [(p.label, *((c.annotator, c.label, c.text) for c in p.critiques)) for p in pairs]
     config = {
         "arm": arm, "seed": seed, "prompts": f"{fingerprint(*map(str, encoded.values())):016x}", "policy_weights": runner.fingerprint(policy_),
+        "labels_and_critiques": f"{fingerprint(*map(str, said)):016x}", "metarm_weights": weights,
         **{k: v for k, v in params.model_dump().items() if k in used},
     }  # fmt: skip
     with state.main_process_first():  # the others find what the first has made

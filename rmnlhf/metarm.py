@@ -69,6 +69,7 @@ def from_rollouts(pairs: Sequence[PreferencePair], completions, swaps, params, j
     ]  # fmt: skip
     said = [s for s in said if not s[3].error]
     process = _process([s[3].critique for s in said], [[c.text for c in s[0].agreeing] for s in said], params, judge)
+    rewards.check_process_rows(pairs, process, params.reward.max_missing)
     rows = [row(p, swap, j.critique, target(j, shown.label, f1, params)) for (shown, p, swap, j), f1 in zip(said, process)]
     return [r for r in rows if r["target"] is not None]
 
@@ -627,19 +628,20 @@ class Drift:
     def due(self, step: int) -> bool:
         return step % self.params.metarm.drift_every == 0
 
-    def measure(self, step: int, model, tokenizer, online: MetaRM) -> dict:
-        """One line {step, n, target, frozen_mae, …}; a warning in the log where the online rank correlation is below drift_alarm."""
-        from . import grm, rollout
+    def measure(self, step: int, model, tokenizer, online: MetaRM, engine) -> dict:
+        """One line {step, n, target, frozen_mae, …}; a warning in the log where the online rank correlation is below drift_alarm, or
+        cannot be computed (outputs or targets are all equal). engine: the run's own (`rollout.engine`)."""
+        from . import grm
 
         p = self.params
         swaps = [bool(fingerprint(pair.id, "drift") % 2) for pair in self.pairs]
         prompts = [grm.encode_prompt(x, tokenizer, p.policy.max_prompt, s, p.grm.think) for x, s in zip(self.pairs, swaps)]
-        done = rollout.generate(
-            model, tokenizer, prompts, 4, p.policy.max_completion, p.rollout.temperature, p.rollout.top_p,
-            seed=p.seed * 1_000_003 + step, batch=p.rollout.batch,
-        )  # fmt: skip
+        engine.sync(model)
+        done = engine.generate(
+            prompts, 4, p.policy.max_completion, p.rollout.temperature, p.rollout.top_p, p.seed * 1_000_003 + step, p.rollout.batch
+        )
         line = {"step": step, **drift(self.frozen, online, from_rollouts(self.pairs, done, swaps, p, self.judge))}
-        alarm = line["online_rho"] < p.metarm.drift_alarm
+        alarm = not line["online_rho"] >= p.metarm.drift_alarm
         line["alarm"] = bool(alarm)
         if alarm:
             log.warning(

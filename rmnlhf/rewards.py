@@ -60,24 +60,34 @@ def composite(
     return base + weight * (float(process >= threshold) if binary else min(process, 1.0))
 
 
-def from_metarm(judgement: Judgement, label: str, m: float | None, weight: float = 0.5, bonus: str = "rescaled") -> float:
+def from_metarm(
+    judgement: Judgement,
+    label: str,
+    m: float | None,
+    weight: float = 0.5,
+    bonus: str = "rescaled",
+    gated: bool = True,
+    target: str = "composite",
+) -> float:
     """The reward of one completion whose pair has no human critique; `m`: MetaRM's raw output, on the scale of `composite`.
 
     bonus "paper": weight · max(0, m - 1), a perfect MetaRM (m = 1.5) adds only 0.25; "rescaled": weight · clip((m - 1)/weight, 0, 1), a
     perfect one pays exactly what the human critique would; "binary": weight where m is nearer to the full reward than to 1.
+    gated: only a right verdict earns it, as in `composite`; target: what MetaRM learned (metarm.target).
     m = None: no MetaRM in this arm; NaN: it has no output for this row (reward NaN)."""
     base = outcome(judgement, label)
     if bonus not in ("paper", "rescaled", "binary"):
         raise ValueError(f"bonus {bonus!r}: allowed are 'paper', 'rescaled', 'binary'")
-    if base <= 0 or m is None or weight == 0:
+    if base < 0 or (gated and base == 0) or m is None or weight == 0:
         return base
     if math.isnan(m):
         return math.nan
+    above = m - (1.0 if target == "process" else base)  # what MetaRM adds to the verdict's own reward
     if bonus == "paper":
-        return base + weight * max(0.0, m - 1)
+        return base + weight * max(0.0, above)
     if bonus == "binary":
-        return base + weight * float(m >= 1 + weight / 2)
-    return base + min(max(m - 1, 0.0), weight)
+        return base + weight * float(above >= weight / 2)
+    return base + min(max(above, 0.0), weight)
 
 
 def process_rewards(

@@ -103,6 +103,14 @@ def test_gradient_equals_that_of_trls_padded_loss(tokenizer, tmp_path, name):
     assert loss == pytest.approx(wanted_loss, abs=1e-6)
 
 
+def test_a_reward_at_its_groups_mean_keeps_its_kl_term_and_a_flat_group_goes(tokenizer, tmp_path):
+    inputs = batch(LAYOUTS["groups of unequal lengths"])
+    inputs["advantages"] = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    inputs["completion_mask"][3] = 0  # a completion without a reward
+    ours = trainer(tokenizer, tmp_path)
+    assert sorted(torch.cat(ours.packs(inputs)).tolist()) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("budget", [30, 60, 100, 4000])
 def test_token_budget_changes_neither_loss_nor_gradient(tokenizer, tmp_path, budget):
     inputs = batch(LAYOUTS["groups of unequal lengths"])

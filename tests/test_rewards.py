@@ -59,11 +59,14 @@ def test_metarm_bonus(bonus, m, expected):
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("judgement", [RIGHT, WRONG, BROKEN])
-def test_a_perfect_metarm_pays_what_the_human_critique_pays(judgement, binary, weight):
+def test_a_perfect_metarm_pays_what_the_human_critique_pays(judgement, gated, binary, weight):
     for f1 in (0.0, 0.2, 0.5, 0.77, 1.0):
-        human = composite(judgement, "A", f1, weight=weight, binary=binary)
-        assert abs(from_metarm(judgement, "A", m=human, weight=weight, bonus="rescaled") - human) < 1e-6
+        human = composite(judgement, "A", f1, weight=weight, gated=gated, binary=binary)
+        assert abs(from_metarm(judgement, "A", m=human, weight=weight, bonus="rescaled", gated=gated) - human) < 1e-6
+        process = 1 + weight * (float(f1 >= 0.5) if binary else f1)  # a MetaRM of the process reward alone
+        assert abs(from_metarm(judgement, "A", process, weight, "rescaled", gated, "process") - human) < 1e-6
 
 
 def test_unknown_bonus():
