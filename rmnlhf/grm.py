@@ -42,7 +42,7 @@ def _messages(turns, pair, swap, think, response_a, response_b):
 
 
 def _body(turns, pair, first, second):
-    talk = "\n\n".join(f"{t['role']}: {neutralise(text)}" for t, text in zip(pair.context, turns))
+    talk = "\n\n".join(f"{neutralise(t['role'])}: {neutralise(text)}" for t, text in zip(pair.context, turns))
     return f"[Conversation]\n{talk}\n\n[Response A]\n{neutralise(first)}\n\n[Response B]\n{neutralise(second)}"
 
 
@@ -60,11 +60,15 @@ def encode_prompt(pair: PreferencePair, tokenizer, max_prompt: int, swap: bool =
     """Token ids of the chat prompt with the generation prefix, at most `max_prompt` long.
 
     Where the pair is too long its longest texts (turns, responses) are cut from the middle, with a marker, to one common
-    length, so that instruction and format always survive. Raises ValueError where `max_prompt` cannot hold even these."""
+    length, so that instruction and format always survive. Raises ValueError where `max_prompt` cannot hold even these.
+    A think block that the chat template opens (R1 distills) is left to the model to open: only then does the completion tell
+    what was thought from what was said, wherever it is cut, and what the cold start teaches stands outside it."""
 
     def encode(turns, a, b):
         messages = _messages(turns, pair, swap, think, a, b)
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        opened = next((n for n in range(1, 9) if re.fullmatch(r"\s*<think>\s*", tokenizer.decode(ids[-n:]))), 0)
+        return ids[: len(ids) - opened]
 
     texts = [t["content"] for t in pair.context] + [pair.response_a, pair.response_b]
     ids = encode(texts[:-2], *texts[-2:])
@@ -92,11 +96,13 @@ def _cut(text, ids, keep, tokenizer):
     return tokenizer.decode(ids[:head]) + CUT + (tokenizer.decode(ids[-(keep // 2) :]) if keep > 1 else "")
 
 
-# Delimiters that no text of the data may form: this format's tags and verdicts, the prompt's own headings, and the turn
-# tokens of the common chat templates. Each match is the character that a backslash follows once neutralised.
-_TAGS = r"/?(?:critics|choice|think)\s*>"
+# Delimiters that no text of the data may form: this format's tags and verdicts, the headings and tags of this prompt and of the
+# judges' (similarity, arguments), and the turn tokens of the common chat templates. Each match is the character that a backslash
+# follows once neutralised.
+_TAGS = r"/?(?:critics|critique|choice|think)\s*>"
 _CHAT = r"\|[^|<>\n]{1,40}\|>|｜[^｜<>\n]{1,40}｜>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|SYS)>|/?INST\]"
-_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\\*\s*(?:response\s*)?[AB]\s*\]|(?:Response [AB]|Conversation)\])", re.IGNORECASE | re.ASCII)
+_HEADINGS = r"(?:Response [AB]|Conversation|(?:(?:Generated|Reference) )?Critique)\]"
+_FORGED = re.compile(rf"<(\\*)(?={_TAGS}|{_CHAT})|\[(\\*)(?=/?INST\]|\[\\*\s*(?:response\s*)?[AB]\s*\]|{_HEADINGS})", re.IGNORECASE | re.ASCII)
 
 
 def neutralise(text: str) -> str:
@@ -121,7 +127,8 @@ def parse_judgement(text: str, max_lines: int = 4, max_chars: int = 1500, max_re
     """Completion → critique and verdict, in linear time; never raises for a text.
 
     The verdict is the one choice block that follows the one critique block and ends the text. What stands in the think block
-    (everything up to the last `</think>`: the chat template may have opened it) or in the critique can never be a verdict.
+    (everything up to the last `</think>`) or in the critique can never be a verdict, nor what follows a `<think>` that is not
+    closed: the prompt must not have opened it (see `encode_prompt`).
     Errors: over `max_lines` non-blank lines or `max_chars` characters of critique, or one sentence more than `max_repeats`
     times (paper, released code: reward −1), as well as anything cut, nested, doubled, hedged or missing."""
     if not isinstance(text, str) or not text.strip():
