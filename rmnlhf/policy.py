@@ -173,7 +173,7 @@ def _chain(adapter: str | Path) -> list[Path]:
             raise FileNotFoundError(f"{folder} holds no adapter (no adapter_config.json): train it, or name another folder")
         chain.insert(0, folder)
         base = json.loads(config.read_text()).get("base_model_name_or_path") or ""
-        parent = next((d for d in (Path(base), ROOT / base) if base and (d / "adapter_config.json").exists()), None)
+        parent = next((d for d in (folder / base, Path(base), ROOT / base) if base and (d / "adapter_config.json").exists()), None)
         if parent is None:
             return chain
         if parent in chain:
@@ -182,17 +182,34 @@ def _chain(adapter: str | Path) -> list[Path]:
 
 
 def export(params, adapter: str | Path, out: str | Path, push_to: str | None = None) -> Path:
-    """Write adapter, merged weights, tokenizer and model card to `out`; push the merged model to a hub only where named."""
+    """Write merged weights with tokenizer, the adapter and a model card to `out`; push them to a hub only where named.
+
+    out/merged: the whole model, loads without this project. out/adapter: `load(params, out / "adapter")`; the adapters that it
+    stands on are copied into it (adapter/base, adapter/base/base), so the folder needs no run. A hub gets merged/ as the
+    repository's root, and adapter/."""
     from .report import model_card
 
-    out = Path(out)
+    out, chain = Path(out), _chain(adapter)
     model, tokenizer = load(params, adapter)
     model.save_pretrained(out / "merged")
     tokenizer.save_pretrained(out / "merged")
-    shutil.copytree(adapter, out / "adapter", dirs_exist_ok=True)
-    for folder in (out, out / "merged"):
-        (folder / "README.md").write_text(model_card(params, adapter), encoding="utf-8")
+    part = target = out / "adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for i, folder in reversed(list(enumerate(chain))):
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("base", "SHA256SUMS"))
+        if i:
+            config = target / "adapter_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}, indent=2) + "\n")
+        target = target / "base"
+    card = model_card(params, adapter)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
+    os.replace(part, out / "adapter")
+    for folder in (out, out / "merged", out / "adapter"):
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if push_to:
-        model.push_to_hub(push_to)
-        tokenizer.push_to_hub(push_to)
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(push_to, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to, folder_path=out / "adapter", path_in_repo="adapter")
+        HfApi().upload_folder(repo_id=push_to, folder_path=out / "merged")
     return out

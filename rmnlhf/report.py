@@ -443,17 +443,23 @@ def limits(run: Run, found: list[dict]) -> list[str]:
 
 
 def model_card(params, adapter: str | Path, results: str | Path = "results") -> str:
-    """Markdown model card of the adapter of one arm (its folder stands in results/runs/<arm>/): data and licences, training, and
-    this run's own figures for the arm, each with its file and key."""
-    run = collect(results)
+    """Markdown model card of the adapter of one arm (its folder stands in results/runs/<arm>/): its licence, the adapters that it
+    stands on, data and licences, training, and this run's own figures for the arm, each with its file and key."""
+    from .policy import _chain
+
+    run, model = collect(results), params.policy.model
     arm = Path(adapter).resolve().parent.name
     figures = [
         (stage, key, value) for stage in STAGES for key, value in run.metrics.get(stage, {}).items()
         if arm in key.split(".") and isinstance(value, dict) and value.get("n")
     ]  # fmt: skip
+    known = {"smollm2": "apache-2.0", "huggingfacetb/smollm2": "apache-2.0", "deepseek-ai/deepseek-r1-distill-qwen": "mit"}
+    chain = _chain(adapter) if (Path(adapter) / "adapter_config.json").exists() else []
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     return env.get_template("model_card.md.j2").render(
         params=params, arm=arm, figures=figures, show=show, commit=commit(), versions=versions(), limits=limits(run, []),
+        licence=next((text for start, text in known.items() if model.lower().startswith(start)), "other"),
+        chain=[f"{f.resolve().parent.name}/{f.name}" for f in chain],
         licences={s: sources.licence(s) if s in sources.names() else "the owner's" for s in (run.source or "").split("+") if s},
     )  # fmt: skip
 

@@ -1,11 +1,15 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from tiny import pairs
+from transformers import AutoModelForCausalLM
 
-from rmnlhf import ROOT, params, policy
+from rmnlhf import ROOT, params, policy, report, splits
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,46 @@ def _disturb(model, seed):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn(weight.shape, generator=generator) * 0.05
+
+
+def test_an_export_is_the_same_model_by_itself_and_says_what_it_is(P, ids, tmp_path, monkeypatch):
+    """Two adapters, one on the other, exported; then the folders that they came from are gone."""
+    monkeypatch.chdir(tmp_path)
+    names = [Path("results/runs") / run / "adapter" for run in ("cold_start", "online")]
+    for seed, (name, below) in enumerate(zip(names, [None, *names])):
+        model, _ = policy.load(P, below, trainable=True)
+        _disturb(model, seed)
+        model.save_pretrained(name)
+    wanted = logits(policy.load(P, names[1])[0], ids)
+    splits.save(splits.Splits(pairs(1), [], [], {}, {}, "controlled"), "results/splits")
+    Path("results/metrics").mkdir()
+    Path("results/metrics/06_grpo_online.json").write_text('{"online": {"core-F1": {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 48}}}')
+    sent = []
+    hub = type("Hub", (), {"create_repo": lambda self, *a, **k: sent.append(a), "upload_folder": lambda self, **k: sent.append(k)})
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    out = policy.export(P, names[1], "out")
+    assert not sent
+    shutil.rmtree("results/runs")
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    assert torch.equal(logits(merged, ids), wanted)
+    moved = shutil.move(out / "adapter", tmp_path / "elsewhere")
+    assert torch.equal(logits(policy.load(P, moved)[0], ids), wanted)
+    assert not torch.allclose(logits(policy.load(P, Path(moved) / "base")[0], ids), wanted, atol=1e-2)
+    card = (out / "merged" / "README.md").read_text()
+    assert card == (Path(moved) / "README.md").read_text() and yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert "1. `adapter/base` (was `cold_start/adapter`)\n2. `adapter` (was `online/adapter`)" in card and str(tmp_path) not in card
+    assert "`controlled`: Apache-2.0" in card and "| online.core-F1 | 0.250 [0.200, 0.300], n = 48 |" in card
+
+    policy.export(P, moved, "again", push_to="someone/model")  # an exported adapter can be exported
+    assert sent[0] == ("someone/model",) and {k["repo_id"] for k in sent[1:]} == {"someone/model"}
+    root = next(k["folder_path"] for k in sent[1:] if not k.get("path_in_repo"))
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path(root).iterdir()}
+
+
+def test_a_card_names_no_licence_that_it_does_not_know(P, tmp_path):
+    other = P.model_copy(update={"policy": P.policy.model_copy(update={"model": "someone/model"})})
+    card = report.model_card(other, "results/runs/online/adapter", tmp_path)
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "`someone/model` is not known here" in card
 
 
 def test_what_is_missing_is_named(P, tmp_path):
