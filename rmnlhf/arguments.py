@@ -525,7 +525,7 @@ def messages(critique: str) -> list[dict[str, str]]:
     """What the judge is asked for one critique; the critique's own delimiters are neutralised."""
     from .grm import neutralise
 
-    return [{"role": "user", "content": _INSTRUCTION.format(neutralise(critique.replace("</critique>", "<\\/critique>")))}]
+    return [{"role": "user", "content": _INSTRUCTION.format(neutralise(critique))}]
 
 
 def ask(critiques: list[str], judge) -> list[list[Argument] | None]:
@@ -537,8 +537,8 @@ def ask(critiques: list[str], judge) -> list[list[Argument] | None]:
     for critique in critiques:
         answer = next(answers) if critique.strip() else {"arguments": []}
         out.append(None if answer is None else [
-            Argument(mask_sides(a["text"]).strip(), a["side"], 1 if a["polarity"] == "praise" else -1, a["core"], (a["text"],))
-            for a in answer["arguments"] if a["text"].strip()
+            Argument(text, a["side"], 1 if a["polarity"] == "praise" else -1, a["core"], (text,))
+            for a in answer["arguments"] if (text := mask_sides(a["text"]).strip())
         ])  # fmt: skip
     return out
 
