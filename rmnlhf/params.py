@@ -95,6 +95,7 @@ class Rollout(Section):
     temperature: Annotated[float, Field(ge=0)]
     top_p: Share
     batch: Positive
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Reward(Section):
@@ -192,6 +193,8 @@ class Params(Section):
             raise ValueError("grm.think needs policy.max_completion of at least 256: a think block would be cut before the verdict")
         if self.policy.load_in_4bit and self.profile != "gpu":
             raise ValueError("policy.load_in_4bit needs a GPU: use profile gpu")
+        if self.policy.load_in_4bit and self.rollout.engine in ("vllm", "server"):
+            raise ValueError(f"rollout.engine {self.rollout.engine} serves no 4-bit weights: set it to auto or transformers, or policy.load_in_4bit=false")
         if self.cold_start.controlled_share + self.cold_start.mr_ben_share > 1:
             raise ValueError("cold_start.controlled_share + cold_start.mr_ben_share is over 1")
         return self

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_decode"
 _engines = weakref.WeakKeyDictionary()  # model -> TransformersEngine, synchronised before each use
+_vllm: dict = {}  # what vLLM was started for -> its engine: one for each process, as its sleep mode wants
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,38 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7,
 
 
 def engine(model, tokenizer, params):
-    """The engine that `params.rollout.engine` names; "auto" is vLLM where it is installed beside a GPU, else Transformers."""
-    name = params.rollout.engine
+    """The engine that `params.rollout.engine` names, with `model`'s weights; "auto" is vLLM where it is installed beside a GPU and
+    can serve this model (not in 4 bits, no other base model served by this process), else Transformers.
+
+    vLLM is started once in a process and takes over each model's weights; so what was returned for an earlier model is no longer
+    its engine. Raises RuntimeError where vLLM would have to serve a second base model, or run inside one of several processes."""
+    name, p = params.rollout.engine, params.policy
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    key = (base.config._name_or_path, p.revision, p.max_prompt + p.max_completion)
     if name == "auto":
-        name = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers"
+        can = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not getattr(base, "is_quantized", False)
+        if can and _vllm and key not in _vllm:
+            log.warning("vLLM of this process serves %s: rollouts of %s are made by Transformers", next(iter(_vllm))[0], key[0])
+            can = False
+        name = "vllm" if can else "transformers"
     if name == "transformers":
         return TransformersEngine(model, tokenizer)
-    return (VllmServer if name == "server" else VllmEngine)(model, tokenizer, params)
+    if name == "server":
+        key = ("server",)
+    elif (n := PartialState(cpu=not torch.cuda.is_available()).num_processes) > 1:
+        raise RuntimeError(
+            f"rollout.engine {params.rollout.engine}: vLLM cannot run inside each of {n} processes; start one server for all of them and "
+            "set rollout.engine: server (README, GPU), or rollout.engine: transformers"
+        )
+    if key not in _vllm:
+        if _vllm:
+            raise RuntimeError(
+                f"vLLM of this process was started for {next(iter(_vllm))} (model, revision, tokens), and its sleep mode allows no second "
+                f"one for {key}: use a process of its own (restart the notebook's kernel), or rollout.engine: transformers"
+            )
+        _vllm[key] = (VllmServer if name == "server" else VllmEngine)(model, tokenizer, params)
+    _vllm[key].sync(model)
+    return _vllm[key]
 
 
 def fast_dtype(model) -> torch.dtype:
@@ -75,8 +102,12 @@ def fast_dtype(model) -> torch.dtype:
 
 
 def merged_weights(model):
-    """Yield (name, weight) of the base model with the active LoRA adapter merged, without changing `model`."""
+    """Yield (name, weight) of the base model with the active LoRA adapter merged, without changing `model`.
+
+    Raises ValueError for weights in 4 bits: packed, they take no addition."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if getattr(base, "is_quantized", False):
+        raise ValueError("weights in 4 bits cannot be merged for vLLM: set rollout.engine: transformers, or policy.load_in_4bit: false")
     lora = {k: m for k, m in base.named_modules() if hasattr(m, "get_delta_weight")}
     for name, weight in base.named_parameters():
         if ".lora_" in name:
@@ -366,7 +397,7 @@ class VllmEngine:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.llm = LLM(
             model=base.config._name_or_path, revision=params.policy.revision, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
-            max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=0.35,
+            max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=params.rollout.gpu_memory,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
         self.asleep = False
@@ -379,8 +410,8 @@ class VllmEngine:
     def sync(self, model):
         """Take over `model`'s weights, its adapter merged."""
         self._wake()
-        weights = [(k, w.to(torch.bfloat16)) for k, w in merged_weights(model)]
-        self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
+        weights = ((k, w.to(torch.bfloat16)) for k, w in merged_weights(model))  # one by one: all of them are as large as the model
+        self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()
 
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
@@ -413,8 +444,6 @@ class VllmServer:
     The first process sends the merged weights; each asks for its own prompts. How to start the server: README, GPU."""
 
     def __init__(self, model, tokenizer, params):
-        from accelerate import PartialState
-
         if not (url := os.environ.get("RMNLHF_ROLLOUT_URL")):
             raise ValueError("rollout.engine is server: name its address in RMNLHF_ROLLOUT_URL (http://host:port), or set another engine")
         from trl.generation.vllm_client import VLLMClient

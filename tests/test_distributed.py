@@ -64,8 +64,11 @@ def process(rank: int, port: int, folder: str):
                    "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
     sys.path.insert(0, os.path.dirname(__file__))
     torch.set_num_threads(1)
+    import tiny
     from accelerate import PartialState
     from accelerate.utils import gather
+
+    from rmnlhf import rollout
 
     train = trainer(f"{folder}/{rank}")
     state = PartialState()
@@ -76,7 +79,9 @@ def process(rank: int, port: int, folder: str):
     packs = gather(torch.tensor([len(train.packs(inputs))]))
     found = gradient(train, inputs)
     everyone = gather(found[None])
-    torch.save({"gradient": found, "all": everyone, "packs": packs, "tokens": tokens}, f"{folder}/{rank}.pt")
+    with pytest.raises(RuntimeError) as refused:
+        rollout.engine(train.model, None, tiny.settings(**{"rollout.engine": "vllm"}))
+    torch.save({"gradient": found, "all": everyone, "packs": packs, "tokens": tokens, "refused": str(refused.value)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -105,6 +110,11 @@ def test_two_processes_give_the_gradient_of_one(found):
     whole = gradient(trainer(f"{folder}/one"), batch(list(enumerate(LENGTHS)), results[0]["tokens"]))
     for got in results[0]["all"]:
         assert whole.norm() > 0 and (got - whole).norm() / whole.norm() < 1e-5
+
+
+def test_vllm_inside_several_processes_is_refused(found):
+    for result in found[1]:
+        assert "inside each of 2 processes" in result["refused"] and "rollout.engine: server" in result["refused"]
 
 
 def train(folder: str):

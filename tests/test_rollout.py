@@ -1,5 +1,6 @@
 """Rollouts: what is drawn, its log-probabilities, and that neither batch, order nor early stops change it (fp32)."""
 
+import sys
 import types
 
 import pytest
@@ -151,13 +152,15 @@ def test_out_of_memory_says_what_to_lower(model, tokenizer, monkeypatch):
         draw(model, tokenizer)
 
 
-def test_vllm_is_chosen_by_name_and_takes_merged_weights(monkeypatch, tokenizer):
+@pytest.fixture
+def vllm(monkeypatch):
     """vLLM itself is not here: a stand-in records what it is handed."""
-    seen = {}
+    seen = {"started": 0}
 
     class LLM:
         def __init__(self, **options):
             seen["options"] = options
+            seen["started"] += 1
 
         def collective_rpc(self, call):
             call(types.SimpleNamespace(reload_weights=lambda weights_iterator: seen.update(weights=dict(weights_iterator))))
@@ -171,17 +174,48 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(monkeypatch, tokenizer)
                                         finish_reason="stop")  # fmt: skip
             return [types.SimpleNamespace(outputs=[out] * sampling["n"]) for _ in prompts]
 
-    monkeypatch.setitem(__import__("sys").modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **k: k))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **k: k, __spec__=True))
+    monkeypatch.setattr(rollout, "_vllm", {})
+    return seen
+
+
+def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
     model = tiny.model(lora=True)
-    engine = rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "vllm"}))
-    engine.sync(model)
+    engine = rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "vllm", "rollout.gpu_memory": 0.6}))
     merged = tiny.copy_merged(model)
-    assert set(seen["weights"]) == {n for n, _ in merged.named_parameters()} and seen["reset"]
+    assert set(vllm["weights"]) == {n for n, _ in merged.named_parameters()} and vllm["reset"]
     for name, weight in merged.named_parameters():
-        torch.testing.assert_close(seen["weights"][name], weight.to(torch.bfloat16))
+        torch.testing.assert_close(vllm["weights"][name], weight.to(torch.bfloat16))
     (group,) = engine.generate([[1, 2]], 2, 8, 0.7)
     assert [(c.ids, c.logprobs, c.finished) for c in group] == [([7, 2], [-0.5, -1.0], True)] * 2
-    assert seen["options"]["max_model_len"] == 168
+    assert vllm["options"]["max_model_len"] == 168 and vllm["options"]["gpu_memory_utilization"] == 0.6
+
+
+def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenizer, monkeypatch, caplog):
+    settings = tiny.settings(**{"rollout.engine": "vllm"})
+    first, second = tiny.model(lora=True), tiny.model(lora=True, seed=1)
+    assert rollout.engine(first, tokenizer, settings) is rollout.engine(second, tokenizer, settings) and vllm["started"] == 1
+    for name, weight in tiny.copy_merged(second).named_parameters():
+        torch.testing.assert_close(vllm["weights"][name], weight.to(torch.bfloat16))
+    other = tiny.model()
+    other.config._name_or_path = "another/base"
+    with pytest.raises(RuntimeError, match="no second one for .'another/base'.*rollout.engine: transformers"):
+        rollout.engine(other, tokenizer, settings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    auto = tiny.settings(**{"rollout.engine": "auto"})
+    assert isinstance(rollout.engine(first, tokenizer, auto), rollout.VllmEngine)
+    assert isinstance(rollout.engine(other, tokenizer, auto), rollout.TransformersEngine) and "another/base" in caplog.text
+
+
+def test_weights_in_four_bits_are_not_given_to_vllm(vllm, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model, "is_quantized", True, raising=False)
+    assert isinstance(rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "auto"})), rollout.TransformersEngine)
+    with pytest.raises(ValueError, match="4 bits.*rollout.engine: transformers"):
+        next(rollout.merged_weights(model))
+    with pytest.raises(ValueError, match="rollout.engine vllm serves no 4-bit weights.*policy.load_in_4bit=false"):
+        tiny.settings(**{"profile": "gpu", "policy.max_completion": 256, "policy.load_in_4bit": "true", "rollout.engine": "vllm"})
+    assert not vllm["started"]
 
 
 def test_a_vllm_server_takes_merged_weights_and_gives_groups(monkeypatch, tokenizer):
@@ -203,12 +237,12 @@ def test_a_vllm_server_takes_merged_weights_and_gives_groups(monkeypatch, tokeni
     monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: seen.update(device=device))
     monkeypatch.setattr(vllm_client.VLLMClient, "update_named_params", lambda self, metadata, named_params: seen.update(meta=metadata, weights=dict(named_params)))
     monkeypatch.setattr(vllm_client.VLLMClient, "reset_prefix_cache", lambda self: seen.update(reset=True))
+    monkeypatch.setattr(rollout, "_vllm", {})
     model, settings = tiny.model(lora=True), tiny.settings(**{"rollout.engine": "server"})
     with pytest.raises(ValueError, match="RMNLHF_ROLLOUT_URL"):
         rollout.engine(model, tokenizer, settings)
     monkeypatch.setenv("RMNLHF_ROLLOUT_URL", "http://localhost:8000")
     engine = rollout.engine(model, tokenizer, settings)
-    engine.sync(model)
     merged = tiny.copy_merged(model)
     assert {name for name, _, _ in seen["meta"]} == set(seen["weights"]) == {n for n, _ in merged.named_parameters()} and seen["reset"]
     for name, weight in merged.named_parameters():
