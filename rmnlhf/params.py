@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+PACKAGED = ("smollm2-135m", "minilm")  # policy.PACKAGED, without an import of torch
 
 
 class Section(BaseModel):
@@ -195,6 +196,11 @@ class Params(Section):
             raise ValueError("policy.load_in_4bit needs a GPU: use profile gpu")
         if self.policy.load_in_4bit and self.rollout.engine in ("vllm", "server"):
             raise ValueError(f"rollout.engine {self.rollout.engine} serves no 4-bit weights: set it to auto or transformers, or policy.load_in_4bit=false")
+        if self.policy.revision is None and self.policy.model not in PACKAGED and not Path(self.policy.model).is_dir():
+            raise ValueError(
+                f"policy.revision: policy.model {self.policy.model!r} is neither packaged ({PACKAGED[0]}) nor a folder, so it comes "
+                "from a hub, where it can change: give the commit"
+            )
         if self.cold_start.controlled_share + self.cold_start.mr_ben_share > 1:
             raise ValueError("cold_start.controlled_share + cold_start.mr_ben_share is over 1")
         return self

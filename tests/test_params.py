@@ -51,6 +51,7 @@ def test_a_profile_lies_over_the_base_and_overrides_over_both(write):
         ("grpo.seeds=[]", "grpo", "at least one"),
         ("profile=tiny", "profile", "smoke, cpu, long, gpu"),
         ("policy.load_in_4bit=true", "load_in_4bit", "GPU"),
+        ("policy.model=someone/model", "policy.revision", "give the commit"),
         ("grpo.steps", "grpo.steps", "section.key=value"),
     ],
 )
@@ -82,6 +83,15 @@ def test_impossible_combinations_are_refused():
         params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
     with pytest.raises(params.ParamsError, match="is over 1"):
         params.load(ROOT / "params.yaml", overrides=["cold_start.controlled_share=0.7", "cold_start.mr_ben_share=0.7"])
+
+
+def test_a_pinned_hub_model_a_folder_and_a_packaged_name_are_accepted(tmp_path):
+    from rmnlhf import policy
+
+    assert set(params.PACKAGED) == set(policy.PACKAGED)
+    for model, revision in [("someone/model", "0123abc"), (tmp_path, "null"), ("smollm2-135m", "null")]:
+        found = params.load(ROOT / "params.yaml", overrides=[f"policy.model={model}", f"policy.revision={revision}"])
+        assert found.policy.model == str(model)
 
 
 def test_the_resolved_file_loads_as_itself(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tiny import pairs
 from transformers import AutoModelForCausalLM
 
 from rmnlhf import ROOT, params, policy, report, splits
+from rmnlhf.benchmarks import runner
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_a_card_names_no_licence_that_it_does_not_know(P, tmp_path):
     other = P.model_copy(update={"policy": P.policy.model_copy(update={"model": "someone/model"})})
     card = report.model_card(other, "results/runs/online/adapter", tmp_path)
     assert yaml.safe_load(card.split("---")[1])["license"] == "other" and "`someone/model` is not known here" in card
+
+
+def test_a_judge_from_a_hub_can_be_pinned(P, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "load", lambda settings, **kwargs: (settings.policy.model, settings.policy.revision))
+    folder = tmp_path / "model@home"
+    folder.mkdir()
+    asked = {"someone/model@0123abc": ("someone/model", "0123abc"), "someone/model": ("someone/model", None), str(folder): (str(folder), None)}
+    assert {name: runner.open_judge(name, P) for name in asked} == asked
 
 
 def test_what_is_missing_is_named(P, tmp_path):

@@ -41,7 +41,7 @@ JSON_TASK = "Which response is better? Give the decisive reasons in `critique`, 
 
 def open_judge(name: str, params):
     """(judge, tokenizer) for `evaluate`: "endpoint", "base" (the policy without adapter), a .jsonl file of recorded verdicts,
-    a folder with an adapter, or a folder or hub name of a whole model."""
+    a folder with an adapter, or a folder or hub name of a whole model, at a commit where it is "name@commit"."""
     from rmnlhf import policy
 
     if name == "endpoint" or str(name).endswith(".jsonl"):
@@ -50,7 +50,8 @@ def open_judge(name: str, params):
         return policy.load(params)
     if (Path(name) / "adapter_config.json").exists():
         return policy.load(params, adapter=name)
-    return policy.load(params.model_copy(update={"policy": params.policy.model_copy(update={"model": str(name), "revision": None})}))
+    model, _, revision = (str(name), "", "") if Path(name).is_dir() else str(name).partition("@")
+    return policy.load(params.model_copy(update={"policy": params.policy.model_copy(update={"model": model, "revision": revision or None})}))
 
 
 def evaluate(
