@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import test_judge
 
 from rmnlhf import benchmarks, params, rollout, similarity
 from rmnlhf.benchmarks import judgebench, pandalm, runner
@@ -10,6 +11,7 @@ from rmnlhf.grm import Judgement, format_judgement
 from rmnlhf.pairs import HumanCritique, PreferencePair, write_jsonl
 
 FLIP = {"A": "B", "B": "A"}
+endpoint = test_judge.endpoint  # fixture: a server on this machine
 
 
 # ---- published figures, from the authors' own recorded verdicts
@@ -315,7 +317,7 @@ def test_neither_row_order_nor_batch_size_changes_a_figure(model, engine, tmp_pa
     assert one[SAID].sort_values(key, ignore_index=True).equals(two[SAID].sort_values(key, ignore_index=True))
 
 
-def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_and_seed(model, engine, tmp_path):
+def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_engine_and_seed(model, engine, tmp_path, monkeypatch):
     import torch
 
     pairs, p = own_pairs(), smoke(rollout__batch=2)
@@ -340,6 +342,12 @@ def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_and_seed(m
         model.weight[0, 0] += 1e-3
     runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
     assert Scripted.asked == 36
+    for kind in (("vllm", torch.bfloat16), ("transformers", torch.bfloat16)):  # they round differently
+        monkeypatch.setattr(runner, "_engine", lambda model, params, kind=kind: kind)
+        monkeypatch.setattr(runner, "_generate", lambda model, tokenizer, params: Scripted(model, tokenizer).generate)
+        runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
+        runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
+    assert Scripted.asked == 60
 
 
 def test_vote_says_how_it_went():
@@ -367,22 +375,39 @@ def test_verdicts_find_their_way_back_to_rows_with_several_contests():
     assert benchmarks.score("rm_bench", rows, *benchmarks.verdicts("rm_bench", rows, frame))["accuracy"] == 1
 
 
-def test_an_endpoint_is_a_judge_and_a_failed_call_is_missing(monkeypatch):
-    asked = []
+def test_an_endpoint_is_a_judge_a_failed_call_is_missing_and_an_unreadable_answer_is_wrong(endpoint, tmp_path):
+    pairs = own_pairs(2)
 
-    class Asker:
-        def __init__(self, section):
-            pass
+    def behave(number, body):
+        text = body["messages"][1]["content"]
+        if "Question 1" in text:
+            return 400, {"error": {"message": "no"}}, {}
+        swapped = text.index("Second 0") < text.index("First 0")
+        return test_judge.completion("I cannot choose." if swapped else '{"critique": "Response A gives a reason.", "verdict": "A"}')
 
-        def ask(self, messages, schema):
-            asked.extend(messages)
-            return [{"critique": "Response A gives a reason.", "verdict": "A"}, None] * (len(messages) // 2)
+    server = endpoint(behave)
+    settings = smoke(judge__model=test_judge.MODEL, judge__base_url_env="TEST_JUDGE_URL", judge__cache=tmp_path / "cache", judge__retries=1)
+    frame = runner.evaluate("endpoint", None, pairs, settings)
+    assert list(frame["error"]) == [None, "no answer in the schema", "missing", "missing"]
+    assert list(frame["verdict"]) == ["A", None, None, None] and frame["correct"].tolist()[:2] == [1, 0]
+    assert frame["correct"].isna().tolist() == [False, False, True, True] and frame["text"][1] == "I cannot choose."
+    assert frame["f1"].tolist()[1] == 0 and frame["tokens"].tolist()[:2] == [5, 5] and (frame["seconds"][:2] > 0).all()
+    asked = server.seen[0][1]["messages"][1]["content"]
+    assert "<critics>" not in asked and "`verdict`" in asked
+    calls = len(server.seen)
+    again = runner.evaluate("endpoint", None, pairs[:1], settings)
+    assert len(server.seen) == calls and again[[*SAID, "tokens", "seconds"]].equals(frame[:2][[*SAID, "tokens", "seconds"]])
+    with pytest.raises(ValueError, match="votes is 3.*benchmarks.votes to 1"):
+        runner.evaluate("endpoint", None, pairs, settings, votes=3)
 
-        def summary(self):
-            return ""
 
-    monkeypatch.setattr("rmnlhf.judge.Judge", Asker)
-    frame = runner.evaluate("endpoint", None, own_pairs(2), smoke())
-    assert list(frame["verdict"]) == ["A", None, "A", None] and frame["correct"].isna().tolist() == [False, True] * 2
-    assert "<critics>" not in asked[0][1]["content"] and asked[0][1]["content"].index("First 0") < asked[0][1]["content"].index("Second 0")
-    assert asked[1][1]["content"].index("Second 0") < asked[1][1]["content"].index("First 0")
+def test_a_local_model_as_endpoint_tells_unreadable_from_unasked(monkeypatch, tmp_path):
+    from rmnlhf import judge
+
+    def local(self, todo, schema, found, reasons):
+        for key, why in zip(todo, ("answer cut at its length limit", "longer than the model's context")):
+            reasons[key] = why
+
+    monkeypatch.setattr(judge.Judge, "_ask_vllm", local)
+    frame = runner.evaluate("endpoint", None, own_pairs(1), smoke(judge__kind="vllm", judge__cache=tmp_path / "cache"))
+    assert list(frame["error"]) == ["answer cut at its length limit", "missing"] and frame["correct"].isna().tolist() == [False, True]

@@ -4,8 +4,8 @@ A judge is a policy (model and tokenizer), "endpoint" (through `rmnlhf.judge`), 
 or a function of the pair as shown. `open_judge` turns a name into one of these.
 
 Cache: one JSONL file per judge under .cache/judgements, named by a hash of its weights; one line per prompt, keyed by the
-prompt's tokens, the decoding and the seed. A killed run goes on where it stopped, and two notebooks that ask one arm the
-same thing pay once.
+prompt's tokens, the engine and its dtype, the decoding and the seed. A killed run goes on where it stopped, and two notebooks
+that ask one arm the same thing pay once.
 """
 
 from __future__ import annotations
@@ -32,11 +32,6 @@ log = logging.getLogger(__name__)
 CACHE = Path(".cache/judgements")
 ORDERS = ("ab", "ba")
 MISSING = "missing"  # a call that failed: not a wrong answer
-SCHEMA = {
-    "type": "object", "required": ["critique", "verdict"], "additionalProperties": False,
-    "properties": {"critique": {"type": "string"}, "verdict": {"enum": ["A", "B"]}},
-}  # fmt: skip
-JSON_TASK = "Which response is better? Give the decisive reasons in `critique`, and your choice, A or B, in `verdict`."
 
 
 def open_judge(name: str, params):
@@ -62,20 +57,26 @@ def evaluate(
 
     Columns: id, group, source, order; label, longer, verdict as on the prompt shown ("ba": response_b first, as "Response A");
     correct (an invalid verdict is wrong; NaN where the call is missing), error (why there is no verdict: a parse error, "tied
-    vote" or "missing"), critique, text, tokens (completion tokens, all votes), seconds (its share of the batch, when it was generated), votes
-    (as "A:3 B:1 invalid:1"). Where the pair has critiques of annotators who chose the gold label: precision, recall, f1 of core
-    arguments (0 without a critique), inconsistent (a right verdict with f1 below similarity.threshold; None for a wrong one),
-    arguments, reference, matches.
+    vote" or "missing"), critique, text, tokens (completion tokens, all votes; NaN where an endpoint does not tell), seconds (its
+    share of the batch, when it was generated; an endpoint's: from question to answer), votes (as "A:3 B:1 invalid:1"). Where the
+    pair has critiques of annotators who chose the gold label: precision, recall, f1 of core arguments (0 without a critique),
+    inconsistent (a right verdict with f1 below similarity.threshold; None for a wrong one), arguments, reference, matches.
 
     votes: 1 decodes greedily; k samples k completions at rollout.temperature and takes the majority of their valid verdicts; an
-    even split is no verdict. out: the rows also go there as JSONL, without seconds."""
+    even split is no verdict. An endpoint answers once: votes > 1 is a ValueError. out: the rows also go there as JSONL, without
+    seconds."""
     if unknown := set(orders) - set(ORDERS):
         raise ValueError(f"orders: {min(unknown)!r}; allowed: {', '.join(ORDERS)}")
     asked = [(pair, order) for pair in pairs for order in orders]
     if isinstance(judge, (str, Path)) and str(judge).endswith(".jsonl"):
         answers = _recorded(judge, asked)
     elif isinstance(judge, str) and judge == "endpoint":
-        answers = _endpoint(asked, params)
+        from . import endpoint
+
+        if votes > 1:
+            raise ValueError(f"judge 'endpoint': votes is {votes}, but its answers are not sampled: set benchmarks.votes to 1, or leave "
+                             "endpoint out of benchmarks.judges")  # fmt: skip
+        answers = endpoint.answers(asked, params)
     elif callable(judge) and not hasattr(judge, "generate"):
         answers = [_plain(judge(pair.swapped() if order == "ba" else pair)) for pair, order in asked]
     else:
@@ -171,33 +172,19 @@ def _recorded(path, asked) -> list[dict]:
     return out
 
 
-def _endpoint(asked, params) -> list[dict]:
-    from rmnlhf.judge import Judge
-
-    prompts = []
-    for pair, order in asked:
-        system, turn = grm.build_prompt(pair, swap=order == "ba")
-        prompts.append([system, turn | {"content": turn["content"].removesuffix(grm.TASK) + JSON_TASK}])
-    asker, out = Judge(params.judge), []
-    for answer in asker.ask(prompts, SCHEMA):
-        said = Judgement(answer["critique"], answer["verdict"], None) if answer else Judgement(None, None, MISSING)
-        out.append({"judgement": said, "text": said.critique, "tokens": 0, "seconds": 0.0, "votes": None})
-    log.info("%s", asker.summary())
-    return out
-
-
 def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[dict]:
     r, p = params.rollout, params.policy
     temperature, top_p, seed = (0.0, 1.0, 0) if votes == 1 else (r.temperature, r.top_p, params.seed)
     prompts = [grm.encode_prompt(pair, tokenizer, p.max_prompt, swap=order == "ba", think=params.grm.think) for pair, order in asked]
-    what = json.dumps([votes, p.max_completion, temperature, top_p, seed])
+    name, dtype = _engine(model, params)
+    what = json.dumps([name, str(dtype), votes, p.max_completion, temperature, top_p, seed])
     keys = [hashlib.sha256(f"{what}{ids}".encode()).hexdigest() for ids in prompts]
     file = cache / f"{fingerprint(model)}.jsonl"
     known = {r["key"]: r for r in _lines(file)}
     todo = {k: ids for k, ids in zip(keys, prompts) if k not in known}
     queue = sorted(todo, key=lambda k: (-len(todo[k]), k))  # alike lengths together, whatever order they came in
     size = max(1, r.batch // votes)
-    generate = _engine(model, tokenizer, params) if queue else None
+    generate = _generate(model, tokenizer, params) if queue else None
     with tqdm(total=len(queue), desc="judge", disable=len(queue) < 2, leave=False) as bar:
         for start in range(0, len(queue), size):
             part = queue[start : start + size]
@@ -223,8 +210,9 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[di
 _vllm: dict = {}  # one engine a process: its start costs more than a benchmark
 
 
-def _engine(model, tokenizer, params) -> Callable:
-    """`rollout.generate`'s call, by the engine that rollout.engine names, with this model's weights."""
+def _engine(model, params) -> tuple:
+    """(name, dtype) of the engine that rollout.engine means here, and of its arithmetic: two that round differently answer
+    differently."""
     import importlib.util
 
     import torch
@@ -232,13 +220,24 @@ def _engine(model, tokenizer, params) -> Callable:
     from rmnlhf import rollout
 
     name = params.rollout.engine
-    if name == "vllm" or (name == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")):
+    can = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not getattr(model, "is_quantized", False)
+    if name == "vllm" or (name == "auto" and can):
+        return "vllm", torch.bfloat16
+    # bf16 rounds differently in batches of another size: 3 of 24 greedy completions changed with it, none in fp32. So a CPU,
+    # where fp32 costs little at this size, judges in fp32
+    return "transformers", torch.float32 if model.device.type == "cpu" else rollout.fast_dtype(model)
+
+
+def _generate(model, tokenizer, params) -> Callable:
+    """`rollout.generate`'s call with this model's weights."""
+    from rmnlhf import rollout
+
+    name, dtype = _engine(model, params)
+    if name == "vllm":
         engine = _vllm.get("engine") or _vllm.setdefault("engine", rollout.VllmEngine(model, tokenizer, params))
         engine.sync(model)
         return engine.generate
-    # bf16 rounds differently in batches of another size: 3 of 24 greedy completions changed with it, none in fp32. So a CPU,
-    # where fp32 costs little at this size, judges in fp32
-    return rollout.TransformersEngine(model, tokenizer, torch.float32 if model.device.type == "cpu" else None).generate
+    return rollout.TransformersEngine(model, tokenizer, dtype).generate
 
 
 def fingerprint(model) -> str:
