@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import diskcache
@@ -40,8 +42,35 @@ def _shared(section: str):
 
 
 def of(params) -> Judge | None:
-    """The judge that reads critiques where `similarity.backend` is "llm", else None: one for each process, so one budget and one bill."""
+    """The judge that reads critiques where `similarity.backend` is "llm", else None: one for each process."""
     return _shared(params.judge.model_dump_json()) if params.similarity.backend == "llm" else None
+
+
+def reachable(params) -> Judge | None:
+    """This process's judge, whatever the backend, where answers can come: replayed, from an endpoint with an address, from vLLM; else None."""
+    p = params.judge
+    there = os.environ.get(p.base_url_env) if p.kind == "endpoint" else importlib.util.find_spec("vllm")
+    return _shared(p.model_dump_json()) if p.replay_only or there else None
+
+
+def record(stage: str, folder: str | Path = "results/timings") -> str:
+    """Write what all judges of this process did to <folder>/<stage>_judge.json, and say it: one line for each model.
+
+    Where none was asked there is no such file: one that an earlier run left is removed. Of several ranks let one call it."""
+    used: dict[str, tuple] = {}
+    for params, usage in _USED:
+        if usage.asked:
+            total = used.setdefault(params.model, (params, Usage()))[1]
+            for name, value in vars(usage).items():
+                setattr(total, name, getattr(total, name) + value)
+    path = Path(folder) / f"{stage}_judge.json"
+    if not used:
+        path.unlink(missing_ok=True)
+        return "no judge was asked"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = {m: vars(u) | {"missing": u.missing.total(), "cost": u.cost(p.price)} for m, (p, u) in used.items()}
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return "\n".join(f"judge {model}: {u.line(p.price)}" for model, (p, u) in used.items())
 
 
 class JudgeError(RuntimeError):
@@ -84,6 +113,18 @@ class Usage:
     def tokens(self) -> int:
         return self.input_tokens + self.output_tokens
 
+    def cost(self, price) -> float | None:
+        return round((self.input_tokens * price[0] + self.output_tokens * price[1]) / 1e6, 4) if price else None
+
+    def line(self, price) -> str:
+        missing, cost = self.missing.total(), self.cost(price)
+        why = f" ({', '.join(f'{k}: {n}' for k, n in self.missing.most_common())})" if missing else ""
+        return (f"{self.asked} asked, {self.cached} from the cache, {self.answered} answered, {missing} missing{why}; {self.calls} calls, "
+                f"{self.input_tokens} + {self.output_tokens} tokens" + ("" if cost is None else f", cost {cost:.4f}"))  # fmt: skip
+
+
+_USED: list[tuple[JudgeParams, Usage]] = []  # of every `Judge` of this process
+
 
 class Judge:
     """Asks one model for JSON answers. `params`: section `judge` of params.yaml.
@@ -91,15 +132,18 @@ class Judge:
     One group of rollouts must see one judge. So the model that answers first under the name asked for is pinned (in the cache
     folder, thus for later runs too); an answer of any other model is refused and counted as missing. Cache key: kind, model,
     messages, schema, sampling. The endpoint's address is not part of it, so that a cache replays anywhere; two endpoints that
-    serve different weights under one name need two `judge.cache` folders."""
+    serve different weights under one name need two `judge.cache` folders.
+
+    `judge.max_calls` and `judge.max_tokens` are the budget of one run, and a run is all that one model is ever asked through one
+    cache folder: stages, restarts, processes and judges share it. A higher limit or another folder gives more."""
 
     def __init__(self, params: JudgeParams):
         self.params = params
         self.usage = Usage()
+        _USED.append((params, self.usage))
         self.cache = diskcache.Cache(params.cache, eviction_policy="none", cull_limit=0)  # by default it forgets after 1 GB
         self._request = {**SAMPLING, "max_tokens": params.answer_tokens}
         self._structured = True  # response_format; like any other field left out once an endpoint refuses it
-        self._reserved = 0  # tokens of the calls under way
         self._failures = 0  # in a row
         self._stop: JudgeError | None = None
         self._engine = None
@@ -146,12 +190,13 @@ class Judge:
 
     def summary(self) -> str:
         """One line: what was asked, what is missing and why, what it cost."""
-        u, price = self.usage, self.params.price
-        missing = sum(u.missing.values())
-        why = f" ({', '.join(f'{k}: {n}' for k, n in u.missing.most_common())})" if missing else ""
-        cost = f", cost {(u.input_tokens * price[0] + u.output_tokens * price[1]) / 1e6:.4f}" if price else ""
-        return (f"judge {self.params.model}: {u.asked} asked, {u.cached} from the cache, {u.answered} answered, {missing} missing{why}; "
-                f"{u.calls} calls, {u.input_tokens} + {u.output_tokens} tokens{cost}")  # fmt: skip
+        p, (calls, tokens) = self.params, self._spent()
+        return (f"judge {p.model}: {self.usage.line(p.price)}; budget of {p.cache}: {calls} of {p.max_calls} calls, "
+                f"{tokens} of {p.max_tokens} tokens")  # fmt: skip
+
+    def _spent(self) -> tuple[int, int]:
+        """Calls and tokens of this model through this cache folder, those set aside for calls under way included."""
+        return self.cache.get(f"spent {self.params.model}", (0, 0))
 
     # ---- an OpenAI-compatible endpoint
 
@@ -247,9 +292,7 @@ class Judge:
         except ValueError:  # a body that is no JSON
             raise _Again("no chat completion") from None
         finally:
-            self._reserved -= text_tokens + self.params.answer_tokens
-            self.usage.input_tokens += spent[0]
-            self.usage.output_tokens += spent[1]
+            self._paid(text_tokens + self.params.answer_tokens, *spent)
         try:
             choice, model = reply.choices[0], reply.model
             text, cut = choice.message.content, choice.finish_reason == "length"
@@ -260,13 +303,26 @@ class Judge:
 
     def _spend(self, tokens: int):
         """Count one call and set `tokens` aside for it, or say that the budget does not hold them."""
-        p, u = self.params, self.usage
-        if u.calls + 1 > p.max_calls:
-            raise BudgetError(f"Budget spent: judge.max_calls is {p.max_calls}.")
-        if u.tokens + self._reserved + tokens > p.max_tokens:
-            raise BudgetError(f"Budget spent: judge.max_tokens is {p.max_tokens}, the next call may need {tokens}.")
-        u.calls += 1
-        self._reserved += tokens
+        p = self.params
+        with self.cache.transact(retry=True):
+            calls, spent = self._spent()
+            what = "calls" if calls + 1 > p.max_calls else "tokens" if spent + tokens > p.max_tokens else None
+            if what is None:
+                self.cache.set(f"spent {p.model}", (calls + 1, spent + tokens))
+        if what:
+            raise BudgetError(
+                f"Budget spent: judge.max_{what} is {getattr(p, f'max_{what}')}, {calls} calls and {spent} tokens are spent or under way"
+                + (f", the next call may need {tokens}." if what == "tokens" else ".") + f" Raise it, or give another judge.cache than {p.cache}."
+            )  # fmt: skip
+        self.usage.calls += 1
+
+    def _paid(self, reserved: int, given: int, taken: int):
+        """A call that took `reserved` tokens from the budget cost `given` + `taken`. (Of a killed process the estimate stays.)"""
+        with self.cache.transact(retry=True):
+            calls, spent = self._spent()
+            self.cache.set(f"spent {self.params.model}", (calls, spent - reserved + given + taken))
+        self.usage.input_tokens += given
+        self.usage.output_tokens += taken
 
     async def _create(self, client, messages, schema):
         """The call itself; an optional field that the endpoint refuses is left out (or renamed) from then on."""
@@ -320,7 +376,7 @@ class Judge:
         )
         validator, items = _validator(schema), list(todo.items())
         for start in tqdm(range(0, len(items), VLLM_BATCH), desc="judge", disable=len(items) <= VLLM_BATCH):
-            batch, reserved = [], 0
+            batch = []
             for key, messages in items[start : start + VLLM_BATCH]:
                 text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                 need = len(tok(text, add_special_tokens=False)["input_ids"]) + self.params.answer_tokens
@@ -332,18 +388,15 @@ class Judge:
                 except BudgetError as e:  # what is in the batch is still asked
                     self._stop = e
                     break
-                reserved += need
-                batch.append((key, messages))
-            for (key, _), out in zip(batch, self._engine.chat([m for _, m in batch], sampling, use_tqdm=False) if batch else []):
-                self.usage.input_tokens += len(out.prompt_token_ids)
-                self.usage.output_tokens += len(out.outputs[0].token_ids)
+                batch.append((key, messages, need))
+            for (key, _, need), out in zip(batch, self._engine.chat([m for _, m, _ in batch], sampling, use_tqdm=False) if batch else []):
+                self._paid(need, len(out.prompt_token_ids), len(out.outputs[0].token_ids))
                 try:
                     answer = read_answer(out.outputs[0].text, validator, out.outputs[0].finish_reason == "length")
                     found[key] = json.dumps({"answer": answer, "model": self.params.model, "host": "vllm"})
                     self.cache.set(key, found[key])
                 except Unreadable as e:
                     reasons[key] = str(e)
-            self._reserved -= reserved
             if self._stop:
                 return
 

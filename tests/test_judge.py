@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator, SchemaError
 
 from rmnlhf import ROOT
+from rmnlhf import judge as module
 from rmnlhf.judge import GIVE_UP, BudgetError, Judge, JudgeError, Unreadable, read_answer
 from rmnlhf.params import Judge as JudgeParams
 
@@ -249,6 +250,71 @@ def test_budget_keeps_what_is_done(endpoint, judge):
     assert retried.usage.calls == 3, "a retry is a call"
 
 
+def test_one_budget_for_all_judges_of_a_cache_folder(endpoint, judge, tmp_path):
+    """Stages are processes, and a stage may make several judges: the limit holds for all of them together."""
+    server = endpoint()
+    judge(max_calls=5).ask(talks(3), SCHEMA)
+    code = f"""
+        from rmnlhf.judge import Judge
+        from rmnlhf.params import Judge as P
+        from tests.test_judge import SCHEMA, talks
+        Judge(P(**{judge(max_calls=5).params.model_dump()!r})).ask(talks(1, 3), SCHEMA)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+    last = judge(max_calls=5)
+    with pytest.raises(BudgetError, match="max_calls is 5, 5 calls and .*Raise it.*1 of the 2 new answers are kept"):
+        last.ask(talks(6), SCHEMA)  # four from the cache cost nothing
+    assert len(server.seen) == 5 and last.usage.calls == 1 and "5 of 5 calls, 80 of 1000000 tokens" in last.summary()
+    judge(max_calls=6).ask(talks(6), SCHEMA)
+    assert len(server.seen) == 6, "a higher limit goes on"
+    with pytest.raises(BudgetError, match="max_tokens is 100, 6 calls and 96 tokens are spent"):
+        judge(max_tokens=100).ask(talks(1, 6), SCHEMA)
+    judge(max_calls=1, cache=str(tmp_path / "other")).ask(talks(1), SCHEMA)
+    judge(max_calls=1, model="acme/test").ask(talks(1), SCHEMA)  # each model has its own
+
+
+def test_the_bill_of_a_stage(endpoint, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_USED", [])
+    endpoint(lambda n, body: (500, {"error": {"message": "oops"}}, {}) if "Question 9:" in body["messages"][0]["content"] else good())
+    file = tmp_path / "timings" / "02_x_judge.json"
+    assert module.record("02_x", file.parent) == "no judge was asked" and not file.exists()
+    price = [1000.0, 2000.0]
+    judge(price=price).ask(talks(3), SCHEMA)
+    judge(price=price, retries=0).ask(talks(2) + talks(1, 9), SCHEMA)  # a second judge of the same process, two answers from the cache
+    said = module.record("02_x", file.parent)
+    found = json.loads(file.read_text())[MODEL]
+    assert {k: found[k] for k in ("asked", "cached", "answered", "missing", "calls")} == {
+        "asked": 6, "cached": 2, "answered": 3, "missing": 1, "calls": 4,
+    }  # fmt: skip
+    assert found["output_tokens"] == 15 and found["cost"] == pytest.approx((found["input_tokens"] * 1000 + 15 * 2000) / 1e6)
+    assert said.startswith(f"judge {MODEL}: 6 asked, 2 from the cache, 3 answered, 1 missing (HTTP 500: 1); 4 calls") and "cost" in said
+    monkeypatch.setattr(module, "_USED", [])
+    module.record("02_x", file.parent)
+    assert not file.exists(), "a run without a judge keeps no bill of an earlier one"
+
+
+def test_reachable_by_endpoint_by_vllm_or_by_replay(tmp_path, monkeypatch):
+    import importlib.machinery
+
+    import tiny
+
+    def found(**changes):
+        module._shared.cache_clear()
+        return module.reachable(tiny.settings(**{"judge.cache": str(tmp_path), "judge.base_url_env": "TEST_JUDGE_URL"} | changes))
+
+    monkeypatch.delenv("TEST_JUDGE_URL", raising=False)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert found() is None and found(**{"judge.kind": "vllm"}) is None
+    assert found(**{"judge.replay_only": True}).params.replay_only
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    assert found() is None and found(**{"judge.kind": "vllm"}).params.kind == "vllm"
+    monkeypatch.setenv("TEST_JUDGE_URL", "http://127.0.0.1:9/v1")
+    settings = tiny.settings(**{"similarity.backend": "llm", "judge.cache": str(tmp_path), "judge.base_url_env": "TEST_JUDGE_URL"})
+    module._shared.cache_clear()
+    assert module.reachable(settings) is module.of(settings), "one judge for each process"
+    module._shared.cache_clear()
+
+
 def test_one_judge_for_a_group(endpoint, judge):
     def behave(n, body):
         names = {0: "test-model-2026-01-01", 1: "test-model-2026-02-02", 2: "test-model-mini", 3: "other"}
@@ -394,7 +460,7 @@ def test_local_vllm(judge, monkeypatch):
     j.ask(talks(5), SCHEMA)
     assert [n for n, _ in calls] == [5, 1], "from the cache; only the unreadable one is asked again"
     with pytest.raises(BudgetError):
-        judge(kind="vllm", max_calls=2).ask(talks(4, 10), SCHEMA)
+        judge(kind="vllm", max_calls=2, cache=j.params.cache + "2").ask(talks(4, 10), SCHEMA)
     assert calls[-1][0] == 2, "what the budget holds is asked and kept"
 
 
@@ -452,7 +518,6 @@ def test_the_llm_backend_finds_its_judge_wherever_critiques_are_compared(monkeyp
     import tiny
 
     from rmnlhf import grpo, metarm
-    from rmnlhf import judge as module
     from rmnlhf.benchmarks import runner
 
     asked = []
