@@ -36,17 +36,17 @@ data: $(READY)   ## fetch every default data set (mirror or upstream), checked b
 	@mkdir -p data && $(BIN)/python -m rmnlhf.sources
 
 repro: data      ## the whole pipeline, profile of params.yaml (cpu)
-	@$(BIN)/dvc repro
+	@$(BIN)/dvc repro --no-run-cache
 
 smoke: data      ## the whole pipeline, small, in some minutes
-	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro
+	@RMNLHF_PROFILE=smoke $(BIN)/dvc repro --no-run-cache
 long: data       ## the figures of the README: more steps, more rows; resumes
-	@RMNLHF_PROFILE=long $(BIN)/dvc repro
+	@RMNLHF_PROFILE=long $(BIN)/dvc repro --no-run-cache
 readme: $(READY) ## README's figures from results/, a run of `make long` (docs/long keeps what they are read from)
 	@$(BIN)/python -m rmnlhf.report
 gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
 	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
-	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro
+	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
 
 test: data       ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests

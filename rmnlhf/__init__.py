@@ -21,3 +21,8 @@ def _keep_memory():
 
 
 _keep_memory()
+
+if "RMNLHF_HEADLESS" in os.environ:  # set by rmnlhf.notebook: a widget's progress would never reach the log
+    import tqdm.auto
+
+    tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,11 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     executed, html = out / f"{name}.ipynb", out / f"{name}.html"
+    number = name.split("_")[0]
+    for old in [*Path("results/figures").glob(f"{number}_*"), *Path("results/tables").glob(f"{number}_*")]:
+        old.unlink()  # of a former run, perhaps of another profile
+    shutil.rmtree(Path("results/judgements") / number, ignore_errors=True)
+    os.environ |= {"RMNLHF_HEADLESS": "1", "TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "20")}  # progress as lines of the log
     start = time.time()
     try:
         papermill.execute_notebook(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,16 +22,23 @@ Rate = Annotated[float, Field(gt=0)]
 PACKAGED = ("smollm2-135m", "minilm")  # policy.PACKAGED, without an import of torch
 
 
+Source = Literal["controlled", "haluquestqa", "helpsteer3", "helpsteer3_sample", "mr_ben", "tulu3_if", "ukpconvarg"]
+Benchmark = Literal[
+    "judgebench", "pandalm", "llmbar", "rm_bench", "rewardbench", "rewardbench2", "helpsteer3", "ukpconvarg", "haluquestqa"
+]  # fmt: skip
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Data(Section):
     dir: str
-    critique_sources: list[str]  # training pairs with human critiques
-    plain_sources: list[str]  # training pairs without
-    evaluation_sources: list[str]
+    critique_sources: list[Source]  # training pairs with human critiques
+    plain_sources: list[Source]  # training pairs without
+    evaluation_sources: list[Source]
     own: str | None  # JSONL of PreferencePair rows, added to the training pairs
+    own_sha256: str | None = None  # filled in when a run's parameters are written: a changed file reruns its stages
     balance: Literal["natural", "length"]
     max_train: Positive
     max_eval: Positive
@@ -122,7 +130,7 @@ class MetaRMSection(Section):
     online_lr: Rate
     online_steps: Positive
     replay: Count
-    replay_share: Share
+    replay_share: Annotated[float, Field(ge=0, lt=1)]
     drift_every: Positive
     drift_pairs: Positive
     drift_alarm: float
@@ -154,13 +162,14 @@ class Evaluation(Section):
 
 
 class Benchmarks(Section):
-    names: list[str]
+    names: list[Benchmark]
     rows: Positive
     arm_rows: Positive | None  # None: rows
     judges: list[str]
     max_prompt: Positive | None  # None: policy.max_prompt
     votes: Positive
     own: list[str]  # JSONL files of PreferencePair rows, each one more benchmark
+    own_sha256: list[str] = []
 
 
 class Downstream(Section):
@@ -278,6 +287,12 @@ def load(path: str | Path = "params.yaml", profile: str | None = None, overrides
         raise ParamsError(f"{path}: " + "; ".join(lines)) from None
 
 
+def _sha256(key: str, file: str) -> str:
+    if not Path(file).is_file():
+        raise ParamsError(f"{key}: {file}: no such file; a path is read from the repository root")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 def main():
     ap = argparse.ArgumentParser(description="Validate params.yaml and write the parameters of one profile.")
     ap.add_argument("--profile", default=os.environ.get("RMNLHF_PROFILE") or None)
@@ -286,7 +301,10 @@ def main():
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(yaml.safe_dump(load(profile=args.profile).model_dump(), sort_keys=False), encoding="utf-8")
+    found = load(profile=args.profile)
+    found.data.own_sha256 = _sha256("data.own", found.data.own) if found.data.own else None
+    found.benchmarks.own_sha256 = [_sha256("benchmarks.own", file) for file in found.benchmarks.own]
+    part.write_text(yaml.safe_dump(found.model_dump(), sort_keys=False), encoding="utf-8")
     os.replace(part, out)
 
 

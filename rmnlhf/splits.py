@@ -67,10 +67,13 @@ def make(params) -> Splits:
         report[name] = {"read": rows, "refused": dict(refused)}
         roles["hidden"] += found
     if d.own:
-        own = pairs_.read_jsonl(d.own)
-        report[d.own] = {"read": own.lines, "refused": dict(own.refused), "examples": own.examples}
+        own, taken = pairs_.read_jsonl(d.own), {p.id for members in roles.values() for p in members}
         for pair in own.pairs:
-            roles["train" if pair.agreeing else "hidden"].append(pair)
+            if pair.id in taken:
+                own.refused["its id is that of another source's pair"] += 1
+            else:
+                roles["train" if pair.agreeing else "hidden"].append(pair)
+        report[d.own] = {"read": own.lines, "refused": dict(own.refused), "examples": own.examples}
 
     evaluation = {}
     for pair in roles["unseen"]:

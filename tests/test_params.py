@@ -4,7 +4,7 @@ import shutil
 import pytest
 import yaml
 
-from rmnlhf import ROOT, params
+from rmnlhf import ROOT, benchmarks, params, sources
 
 PROFILES = ("smoke", "cpu", "long", "gpu")
 
@@ -110,6 +110,29 @@ def test_every_parameter_is_read_somewhere():
         for section, field in params.Params.model_fields.items()
         if hasattr(field.annotation, "model_fields")
         for key in field.annotation.model_fields
-        if not re.search(rf"\.{key}\b", code)
+        if key != "own_sha256" and not re.search(rf"\.{key}\b", code)  # a checksum is no dial
     ]
     assert not unused
+
+
+def test_names_of_sources_and_benchmarks_are_those_that_there_are():
+    assert set(params.Source.__args__) == set(sources.names())
+    assert set(params.Benchmark.__args__) == set(benchmarks.names())
+    with pytest.raises(params.ParamsError, match=r"benchmarks\.names\.0: .*'judgebench'.*found 'judgebnech'"):
+        params.load(ROOT / "params.yaml", overrides=["benchmarks.names=[judgebnech]"])
+
+
+def test_a_changed_own_file_changes_the_runs_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text().replace("own: null", "own: mine.jsonl").replace("own: []", "own: [mine.jsonl]")
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["params", "-o", "out.yaml"])
+    with pytest.raises(params.ParamsError, match=r"data\.own: mine\.jsonl: no such file"):
+        params.main()
+    written = []
+    for rows in ("one\n", "two\n"):
+        (tmp_path / "mine.jsonl").write_text(rows)
+        params.main()
+        written.append(params.load("out.yaml"))
+    first, second = ((p.data.own_sha256, *p.benchmarks.own_sha256) for p in written)
+    assert len(first[0]) == 64 and first[0] == first[1] != second[0] == second[1]

@@ -111,3 +111,42 @@ def test_a_profile_from_the_environment_reruns_everything(repo):
     # stages whose outputs persist (training resumes in them) run again; the others come from DVC's cache on the way back
     assert reran(repo, "dvc", "repro", env={"RMNLHF_PROFILE": "smoke"}) == set(STAGES)
     assert params.load(repo / "results/params.yaml").profile == "smoke"
+
+
+def test_a_new_arm_is_one_changed_line(repo):
+    run(repo, "dvc", "repro")
+    run(repo, "git", "add", "-A")
+    run(repo, "git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "start")
+    again = reran(repo, "dvc", "exp", "run", "-q", "-n", "wider", "-S", "downstream.candidates=7")
+    assert "08_downstream" in again and again <= {"08_downstream", "09_report"}
+    assert params.load(repo / "results/params.yaml").downstream.candidates == 7
+    assert "wider" in run(repo, "dvc", "exp", "show", "--csv")
+    run(repo, "git", "checkout", "-q", "params.yaml")
+    run(repo, "dvc", "repro")
+
+
+def test_a_failing_cell_is_named_a_former_runs_figures_go_and_progress_is_lines(tmp_path):
+    """A notebook of its own, in a folder of its own: papermill is real."""
+    import nbformat
+
+    from rmnlhf import notebook
+
+    (tmp_path / "notebooks").mkdir()
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    nb.cells = [
+        nbformat.v4.new_code_cell("params_file = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import rmnlhf\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), 'steps'): pass"),
+        nbformat.v4.new_code_cell("1 / 0"),
+    ]
+    nbformat.write(nb, tmp_path / "notebooks" / "04_made.ipynb")
+    for name in ("figures/04_old.png", "figures/05_other.png", "tables/04_old.csv", "judgements/04/human.jsonl"):
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / name).write_text("x")
+    code = f"import sys, pathlib, rmnlhf.notebook as n; n.ROOT = pathlib.Path({str(tmp_path)!r}); sys.argv = ['n', '04_made']; n.main()"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "04_made: cell 3 failed with ZeroDivisionError" in done.stderr
+    assert "steps: 100%" in done.stdout + done.stderr
+    assert sorted(p.name for p in (tmp_path / "results").rglob("*old*")) == [] and (tmp_path / "results/figures/05_other.png").exists()
+    assert not (tmp_path / "results/judgements/04").exists()
+    assert "ZeroDivisionError" in (tmp_path / "results/notebooks/04_made.html").read_text()
