@@ -23,6 +23,8 @@ ALONE = ("unsloth", "vllm")  # Unsloth has to be imported before Transformers, v
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth", "vllm", "triton")
 SIZES = {
     "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "8b": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "1.5b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
     "tiny": {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                  "initializer_range": 0.1},
 }  # fmt: skip
@@ -179,6 +181,27 @@ def useful_flop(model, s, prompts: int = 1) -> float:
     head, embedding = base.get_output_embeddings().weight.numel(), base.get_input_embeddings().weight.numel()
     body = sum(w.numel() for n, w in base.named_parameters() if "lora_" not in n) - head - embedding
     return 4.0 * prompts * (body * (s.P + s.N * s.C) + head * s.N * s.C)
+
+
+def memory(size: str, params, card: float) -> dict:
+    """GB (10^9 bytes) on a card of `card` GB, for one process that trains arm `online`: README's formula (section GPU), nothing measured.
+
+    size: a key of SIZES, whose embeddings and head are not tied; LoRA on all linear layers"""
+    shape, p, g = SIZES[size], params.policy, params.grpo
+    v, h, m, layers = (shape[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
+    kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    linear = [(h, h), (h, kv), (h, kv), (h, h), (h, m), (h, m), (m, h)]
+    body, lora = layers * sum(a * b for a, b in linear), p.rank * layers * sum(a + b for a, b in linear)
+    pack = max(g.token_budget, p.max_prompt + p.max_completion)
+    said = pack - p.max_prompt * max(1, pack / (p.max_prompt + g.group * p.max_completion))  # completion tokens: all at their longest
+    cached = params.rollout.batch * (p.max_prompt / g.group + p.max_completion)
+    gb = {
+        "weights": (9 / 16 if p.load_in_4bit else 2) * body + 2 * 2 * v * h, "adapter": 16 * lora, "activations": 2 * layers * h * pack,
+        "logits": 8 * v * said, "rollouts": 2 * 2 * layers * kv * cached if p.load_in_4bit else params.rollout.gpu_memory * card * 1e9,
+        "metarm": 2 * 2 * (body + v * h) + (16 + 4) * lora if params.metarm.base == "policy" else 2 * 4 * 22.7e6,
+    }  # fmt: skip
+    total = gb["weights"] + gb["adapter"] + gb["metarm"] + max(gb["rollouts"], gb["activations"] + gb["logits"])
+    return {k: x / 1e9 for k, x in (gb | {"total": total}).items()}
 
 
 def machine(s) -> dict:

@@ -1,10 +1,59 @@
 """Profile gpu without a GPU: its data are fetched or the run stops, and README's models and figures are those of the code."""
 
+import re
 import subprocess
+import sys
 
 import pytest
+import torch
 
 from rmnlhf import ROOT, params, sources, splits
+
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_common
+
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## GPU\n")[1].split("\n## ")[0]
+ROWS = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in SECTION.splitlines() if line.endswith("| computed |")]
+SHAPES = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "1.5b", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "7b", "Qwen/Qwen2.5-7B-Instruct": "7b",
+    "Qwen/Qwen3-8B": "8b",
+}  # fmt: skip
+
+
+def fits(card: str, model: str, changed: str):
+    """The parameters of a row of README's table; any commit stands for the revision."""
+    overrides = [f"policy.model={model}", "policy.revision=COMMIT", *re.findall("`(.+?)`", changed)]
+    return params.load(ROOT / "params.yaml", "gpu", overrides)
+
+
+def test_readme_names_each_policy_of_the_profile():
+    assert {row[1].strip("`") for row in ROWS} == set(SHAPES) and {row[0] for row in ROWS} == {"16", "24", "80", "141"}
+    P = params.load(ROOT / "params.yaml", "gpu", ["policy.model=Qwen/Qwen3-8B", "policy.revision=COMMIT"])
+    assert (P.policy.model, P.policy.revision) == ("Qwen/Qwen3-8B", "COMMIT")
+    assert "-S profiles.gpu.policy.model=Qwen/Qwen3-8B -S profiles.gpu.policy.revision=COMMIT" in SECTION
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}")
+def test_readme_tells_what_the_formula_gives_and_it_fits(row):
+    card, model, changed = row[0], row[1].strip("`"), row[2]
+    P = fits(card, model, changed)
+    found = gpu_common.memory(SHAPES[model], P, float(card))
+    assert row[3:-1] == [f"{x:.1f}" for x in found.values()] and row[-1] == "computed"
+    assert found["total"] + 2 < int(card)  # CUDA itself
+    assert P.policy.load_in_4bit or found["rollouts"] > found["weights"] + 1  # vLLM's own copy, and some cache
+
+
+def test_memory_counts_what_the_model_has():
+    """The weights and the adapter that `build` makes, on shapes that a CPU holds."""
+    P = params.load(ROOT / "params.yaml", "gpu", ["policy.rank=4"])
+    model = gpu_common.build("tiny", torch.bfloat16, 4, where="cpu")
+    lora = sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
+    weights = sum(w.numel() for n, w in model.named_parameters() if "lora_" not in n and not n.endswith(("norm.weight", "bias")))
+    found = gpu_common.memory("tiny", P, 80.0)
+    assert found["adapter"] * 1e9 == 16 * lora and found["weights"] * 1e9 == pytest.approx(2 * weights)
+    longer = params.load(ROOT / "params.yaml", "gpu", ["grpo.token_budget=65536"])
+    tokens = 65536 * 8 * 2048 / (4096 + 8 * 2048)
+    assert gpu_common.memory("7b", longer, 80.0)["logits"] == pytest.approx(8 * 152064 * tokens / 1e9)
 
 
 def test_make_gpu_fetches_what_the_profile_reads():
