@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from . import grm, policy, shared_prefix
-from .pairs import OTHER, PreferencePair, fingerprint
+from .pairs import OTHER, PreferencePair, fingerprint, write_jsonl
 
 log = logging.getLogger(__name__)
 WINDOW = 16  # batches that are sorted by length together
+EVERY = 50  # steps from one held-out loss to the next
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ def _logps(model, prompts, completions, packs: bool) -> torch.Tensor:
     return shared_prefix.unpacked(model, prompts, completions)
 
 
+@torch.no_grad()
+def held_out_loss(model, tokenizer, pairs: list[PreferencePair], params) -> float:
+    """`loss` over all targets of these pairs, each in one order (by hash)."""
+    packs, training, size = shared_prefix.prepare(model), model.training, params.cold_start.batch_pairs
+    asked = [example(p, bool(fingerprint("held out", p.id) % 2), tokenizer, params) for p in pairs]
+    asked.sort(key=lambda e: len(e.prompt))
+    total = weight = 0.0
+    model.eval()
+    for part in (asked[i : i + size] for i in range(0, len(asked), size)):
+        w = sum(w / len(e.completions) for e in part for _, ws in e.completions for w in ws)
+        total, weight = total + loss(model, part, packs).item() * w, weight + w
+    model.train(training)
+    return total / weight
+
+
 def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
     """Every pair in both orders, shuffled by hash, then sorted by length within windows of `WINDOW` batches."""
     shuffled = sorted(((p, s) for p in pairs for s in (False, True)), key=lambda x: fingerprint(seed, x[0].id, x[1]))
@@ -99,13 +116,14 @@ def training_pairs(splits, params, extra: dict[str, list[PreferencePair]] | None
     return pairs if own else pairs[len(splits.train + splits.hidden) :]
 
 
-def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/cold_start") -> Path:
+def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/cold_start", held_out: list[PreferencePair] = ()) -> Path:
     """The run folder with the cold start's `adapter/`: `cold_start.adapter`, trained for `cold_start.steps` more steps.
 
-    trl's SFTTrainer on packed rows; continues from its last checkpoint. Raises ValueError where no pair can be used."""
+    trl's SFTTrainer on packed rows; continues from its last whole checkpoint. metrics.jsonl, tensorboard/ and dvclive/ hold the
+    training loss and the loss of `held_out`, measured at the start, each `EVERY` steps and at the end. Raises ValueError where no
+    pair can be used."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTConfig, SFTTrainer
 
     c, out = params.cold_start, Path(out)
@@ -150,13 +168,64 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
         model, args, train_dataset=Dataset.from_dict({"row": range(c.steps * c.batch_pairs)}), data_collator=collate,
         processing_class=tokenizer,
     )  # fmt: skip
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(_record(out, lambda: held_out_loss(model, tokenizer, held_out, params), len(held_out)))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
     _write_adapter(model, out / "adapter")
-    log_rows = [r for r in trainer.state.log_history if "loss" in r]
-    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": r["step"], "loss": r["loss"], "lr": r["learning_rate"]}) + "\n" for r in log_rows))
     _write(done, recipe)
     return out
+
+
+def _record(out: Path, measure, n: int):
+    """Callback: the held-out loss of `n` pairs when it is due; metrics.jsonl, TensorBoard and DVCLive at each log.
+
+    The rows are the trainer's history, which its checkpoints keep: a resumed run repeats none."""
+    from dvclive import Live
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import TrainerCallback
+
+    board, live = SummaryWriter(str(out / "tensorboard")), Live(str(out / "dvclive"), save_dvc_exp=False, dvcyaml=None, report=None, resume=True)
+    names = {"loss": "loss", "learning_rate": "lr", "held_out_loss": "held_out_loss", "held_out_pairs": "held_out_pairs"}
+
+    def row(logs):
+        return {name: logs[key] if math.isfinite(logs[key]) else None for key, name in names.items() if key in logs}
+
+    class Record(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                self.on_step_end(args, state, control)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if n and (state.global_step % EVERY == 0 or state.global_step == state.max_steps):
+                found = {"held_out_loss": measure(), "held_out_pairs": n}
+                state.log_history.append(found | {"step": state.global_step})
+                self.on_log(args, state, control, found)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            write_jsonl(out / "metrics.jsonl", [{"step": r["step"], **row(r)} for r in state.log_history if row(r)])
+            live.step = state.global_step
+            for name, value in row(logs).items():
+                if value is not None and name != "held_out_pairs":
+                    board.add_scalar(name, value, state.global_step)
+                    live.log_metric(name, value)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            board.close()
+            live.end()
+
+    return Record()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; what a kill left half-written is removed. transformers writes trainer_state.json last."""
+    whole = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            whole = str(path)
+        except (FileNotFoundError, ValueError):
+            log.warning("%s is half-written: removed", path)
+            shutil.rmtree(path)
+    return whole
 
 
 def _restart_if_changed(out: Path, recipe: dict):

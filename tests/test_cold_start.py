@@ -1,13 +1,15 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rmnlhf import ROOT, cold_start, grm, params, policy
-from rmnlhf.pairs import HumanCritique, PreferencePair
+from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint
 
 
 def pair(i, label="A", critiques=2):
@@ -121,8 +123,16 @@ def test_a_changed_adapter_is_refused(tmp_path):
         cold_start.verify(tmp_path)
 
 
+def test_the_held_out_loss_is_the_loss_of_all_its_targets_in_whatever_batches(P, tokenizer, tiny):
+    pairs = [pair(i, "AB"[i % 2], critiques=i % 3) for i in range(7)]
+    examples = [cold_start.example(p, bool(fingerprint("held out", p.id) % 2), tokenizer, P) for p in pairs]
+    tiny.train()
+    found = cold_start.held_out_loss(tiny, tokenizer, pairs, P)
+    assert tiny.training and np.isclose(found, cold_start.loss(tiny.eval(), examples).item(), rtol=1e-5)
+
+
 def test_training_lowers_the_loss_resumes_and_is_done_once(P, tmp_path, monkeypatch, tokenizer, tiny):
-    """On a tiny model: trained in one go and in two halves, the adapter is the same."""
+    """On a tiny model: trained in one go, and in two halves with a held-out loss on the way, the adapter is the same."""
     from peft import LoraConfig, get_peft_model
 
     def load(*args, **kwargs):
@@ -141,16 +151,31 @@ def test_training_lowers_the_loss_resumes_and_is_done_once(P, tmp_path, monkeypa
     real, calls = cold_start.loss, []
 
     def dies(model, examples, packs):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())
         if len(calls) == 28:
             raise KeyboardInterrupt
         return real(model, examples, packs)
 
     monkeypatch.setattr(cold_start, "loss", dies)
+    monkeypatch.setattr(cold_start, "EVERY", 10)
+    held_out = [pair(100 + i, "AB"[i % 2]) for i in range(5)]
     with pytest.raises(KeyboardInterrupt):
-        cold_start.train(P, pairs, tmp_path / "halves")
-    cold_start.train(P, pairs, tmp_path / "halves")
+        cold_start.train(P, pairs, tmp_path / "halves", held_out)
+    for name, state in (("checkpoint-26", None), ("checkpoint-27", '{"epoch": 0.')):  # killed while it was saved
+        shutil.copytree(tmp_path / "halves/checkpoints/checkpoint-25", tmp_path / "halves/checkpoints" / name)
+        (tmp_path / "halves/checkpoints" / name / "trainer_state.json").unlink()
+        if state:
+            (tmp_path / "halves/checkpoints" / name / "trainer_state.json").write_text(state)
+    cold_start.train(P, pairs, tmp_path / "halves", held_out)
     assert 28 < len(calls) < 40  # continued from step 25, not from the start
+    assert {p.name for p in (tmp_path / "halves/checkpoints").glob("checkpoint-*")} == {"checkpoint-25", "checkpoint-30"}
+    rows = [json.loads(line) for line in (tmp_path / "halves/metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows if "loss" in r] == curve
+    measured = {r["step"]: r["held_out_loss"] for r in rows if "held_out_loss" in r}
+    assert list(measured) == [0, 10, 20, 30] and measured[30] < measured[0] and {r.get("held_out_pairs", 5) for r in rows} == {5}
+    board = EventAccumulator(str(tmp_path / "halves/tensorboard")).Reload()
+    assert {e.step: e.value for e in board.Scalars("held_out_loss")} == pytest.approx(measured)
+    assert [e.step for e in EventAccumulator(str(whole / "tensorboard")).Reload().Scalars("loss")] == [5, 10, 15, 20, 25, 30]
     names = ["whole", "halves"]
     one, two = ((tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in names)
     assert one == two
