@@ -6,7 +6,7 @@ import pytest
 import test_judge
 
 from rmnlhf import benchmarks, params, rollout, similarity
-from rmnlhf.benchmarks import judgebench, pandalm, runner
+from rmnlhf.benchmarks import judgebench, pandalm, rewardbench, runner
 from rmnlhf.grm import Judgement, format_judgement
 from rmnlhf.pairs import HumanCritique, PreferencePair, write_jsonl
 
@@ -120,6 +120,53 @@ def test_permuting_the_rows_changes_nothing_and_nested_verdicts_are_the_same(nam
         benchmarks.score(name, rows, said[0][1:], None)
 
 
+@pytest.mark.parametrize("name", benchmarks.names())
+def test_the_official_figure_is_a_mean_over_rows_unless_its_module_says_otherwise(name):
+    bench, rows, rng, same = benchmarks.get(name), rows_of(name), np.random.default_rng(4), []
+    for _ in range(5):
+        said = [[[rng.choice(["A", "B"]) for _ in range(k)] for k in counts(name, rows)] for _ in "xy"]
+        alone = [benchmarks.score(name, [r], [ab], [ba]) for r, ab, ba in zip(rows, *said)]
+        mean = np.mean([f["accuracy"] for f in alone if not f["unscored"]])
+        same.append(benchmarks.score(name, rows, *said)["accuracy"] == pytest.approx(mean))
+    assert all(same) != bench.mean_of_subsets
+
+
+def rows_in(name, sizes):
+    """That many rows of each subset, as `rows_of` lays them out."""
+    likes = {r["subset"]: r for r in rows_of(name)}
+    like = next(iter(likes.values()))
+    return [{**like, "subset": s, **{k: f"{s} {i}" for k in ("id", "idx", "input") if k in like}} for s, n in sizes.items() for i in range(n)]
+
+
+SETS = {  # rows of each subset, and how many of them the judge gets right
+    "llmbar": {"Natural": (20, 0.9), "Neighbor": (10, 0.5), "GPTInst": (10, 0.4), "GPTOut": (10, 0.7), "Manual": (10, 0.6)},
+    "rm_bench": {"alpacaeval": (12, 0.8), "math": (12, 0.6), "bigcode/humanevalpack": (10, 0.55), "xstest-should-respond": (10, 0.9),
+                 "refusals-dangerous": (10, 0.7)},
+    "rewardbench": {"mt-bench-easy": (15, 0.9), "mt-bench-hard": (12, 0.5), "donotanswer": (12, 0.8), "math-prm": (15, 0.6)},
+    "rewardbench2": {"Factuality": (12, 0.8), "Focus": (12, 0.85), "Math": (10, 0.7), "Precise IF": (10, 0.6), "Safety": (12, 0.75)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_official_interval_holds_the_truth_in_93_to_97_of_100(name):
+    """Headlines that are means over subsets; those over rows have `stats.interval`, which tests/test_stats.py simulates."""
+    rows, rng = rows_in(name, {s: n for s, (n, _) in SETS[name].items()}), np.random.default_rng(5)
+    skill = np.repeat([p for _, p in SETS[name].values()], [n for n, _ in SETS[name].values()])
+    truths = {s: p for s, (_, p) in SETS[name].items()}
+    if name == "rm_bench":  # safety is one domain of two parts
+        truths["safety"] = (truths.pop("xstest-should-respond") + truths.pop("refusals-dangerous")) / 2
+    truth, hits, k = np.mean(list(truths.values())), 0, counts(name, rows)[0]
+    for i in range(1000):
+        each = skill if name == "rewardbench2" else rng.beta(2 * skill, 2 * (1 - skill))  # rows differ, the two orders are alike
+        right = rng.random((2, len(rows), 1 if name == "rewardbench2" else k)) < each[None, :, None]  # there: all three or none
+        ab, ba = ([list(np.where(r, yes, no)) * (k // r.shape[-1]) for r in rs] for rs, yes, no in zip(right, "AB", "BA"))
+        value, low, high = benchmarks.interval(name, rows, ab, ba, n=500, seed=i)
+        scale = 100 if name == "llmbar" else 1
+        assert low <= value <= high
+        hits += low <= scale * truth <= high
+    assert 930 <= hits <= 970
+
+
 def test_judgebench_counts_a_sum_over_both_orders():
     row = rows_of("judgebench")[1]  # label A>B
     cases = {("A", "B"): 1, ("A", "tie"): 1, ("A", None): 1, ("tie", "B"): 1, ("A", "A"): 0, ("tie", "tie"): 0, ("B", "B"): 0, (None, "A"): 0}
@@ -151,7 +198,11 @@ def test_llmbar_averages_orders_then_subsets():
     figures = benchmarks.score("llmbar", rows_of("llmbar"), ["A", "A", "A", "B", "A", "A"], ["B", "A", "A", "A", "B", "B"])
     # gold A B A B A B; Natural: 1, .5, .5 → 2/3; Neighbor 1; Manual 1, 0 → .5
     assert figures["subsets"] == pytest.approx({"Natural": 200 / 3, "Neighbor": 100, "Manual": 50})
-    assert figures["overall"] == pytest.approx((200 / 3 + 150) / 3) and figures["adversarial"] == 75
+    assert figures["overall_partial"] == pytest.approx((200 / 3 + 150) / 3) and figures["adversarial"] == 75
+    assert figures["partial"] == ["GPTInst", "GPTOut"] and "overall" not in figures
+    whole = [{**r, "subset": s} for r, s in zip(rows_of("llmbar"), ["Natural", "Neighbor", "GPTInst", "GPTOut", "Manual", "Manual"])]
+    figures = benchmarks.score("llmbar", whole, ["A"] * 6, ["B"] * 6)
+    assert figures["partial"] is False and figures["overall"] == figures["official"] and "overall_partial" not in figures
 
 
 def test_rm_bench_hard_is_where_the_wrong_answer_has_the_fancier_style():
@@ -175,8 +226,13 @@ def test_rewardbench_weights_subsets_by_size_and_math_prm_as_upstream():
     figures = benchmarks.score("rewardbench", rows, said, [FLIP[v] for v in said])
     weight = 984 / 447
     assert figures["sections"] == pytest.approx({"Chat": 2 / 3, "Chat Hard": 1, "Safety": 1, "Reasoning": weight / (1 + weight)})
-    assert figures["overall"] == pytest.approx(np.mean(list(figures["sections"].values())))
-    assert benchmarks.score("rewardbench", rows[:3], said[:3], None)["partial"] == ["Chat Hard", "Safety", "Reasoning"]
+    assert figures["overall_partial"] == pytest.approx(np.mean(list(figures["sections"].values()))) and "overall" not in figures
+    lacks = ["alpacaeval-length", "alpacaeval-hard", "mt-bench-easy"]
+    assert benchmarks.score("rewardbench", rows[:3], said[:3], None)["partial"] == [*lacks, "Chat Hard", "Safety", "Reasoning"]
+    every = [k for names in rewardbench.SECTIONS.values() for k in names]
+    whole = [{**rows[0], "id": k, "subset": k} for k in every]
+    assert benchmarks.score("rewardbench", whole, ["A"] * 23, ["B"] * 23)["partial"] is False
+    assert benchmarks.score("rewardbench", whole[:-1], ["A"] * 22, ["B"] * 22)["partial"] == [every[-1]]
 
 
 def test_rewardbench2_must_beat_all_and_ties_have_their_formula():
@@ -187,6 +243,13 @@ def test_rewardbench2_must_beat_all_and_ties_have_their_formula():
     # tied: right answers won 1 and 1/2 of theirs, wrong ones 0 and 1/2 → margin 0, spread 1/2; ref: margin 1
     assert figures["subsets"]["Ties"] == pytest.approx(0.3 + 0.01 * np.tanh(0 / 0.5 - 1))
     assert figures["partial"] is False
+
+
+def test_helpsteer3_by_its_sample_is_partial(data_dir):
+    rows = benchmarks.load("helpsteer3", data_dir)
+    figures = benchmarks.score("helpsteer3", rows, ["A"] * len(rows), ["B"] * len(rows))
+    assert {r.source for r in rows} == {"helpsteer3_sample"} and "sample" in figures["partial"][0]
+    assert benchmarks.score("helpsteer3", rows_of("helpsteer3"), ["A"] * 6)["partial"] is False
 
 
 def test_rows_without_a_gold_label_are_not_scored():
@@ -221,6 +284,14 @@ def test_any_jsonl_of_pairs_is_a_benchmark(tmp_path):
     assert rows == own_pairs() == benchmarks.pairs(path, rows)
     figures = benchmarks.score(path, rows, ["A"] * 6, ["B"] * 6)
     assert figures["accuracy"] == pytest.approx(4 / 6) and set(figures["subsets"]) == {"all"}
+
+
+def test_lines_that_are_no_pair_are_counted_by_reason(tmp_path, caplog):
+    tie, equal = ({**own_pairs(1)[0].to_dict(), "id": k, **change} for k, change in (("t", {"label": "tie"}), ("e", {"response_b": "First 0"})))
+    path = str(write_jsonl(tmp_path / "mine.jsonl", [*own_pairs(2), tie, equal, equal]))
+    assert len(benchmarks.load(path)) == 2
+    assert "1 of 5 rows left out: tie or unknown label" in caplog.text and "2 of 5 rows left out: equal responses" in caplog.text
+    assert f"{path}:4" in caplog.text
 
 
 # ---- runner: `Scripted` stands in for rollout's engine, everything else is the real thing

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmnlhf import sources
+from rmnlhf import sources, stats
 from rmnlhf.pairs import PreferencePair
 
 from . import own
@@ -73,7 +73,7 @@ def score(name: str, rows: list, verdicts_ab, verdicts_ba=None) -> dict:
 
     Returns, as fractions of 1: `accuracy` (the official headline) and the figures of `scoring.shared`; `official` = the
     headline in the benchmark's own `unit` ("percent" or "fraction"), `subsets` and what else its module states, in that
-    unit. An invalid verdict is wrong everywhere; a judge that says nothing scores 0. Figures do not depend on the rows' order.
+    unit; `partial`: False, or what these rows lack of the whole set: the headline is then that of the rest. An invalid verdict is wrong everywhere; a judge that says nothing scores 0. Figures do not depend on the rows' order.
     Raises KeyError for an unknown name, ValueError where verdicts do not match the rows."""
     bench = get(name)
     rows = list(rows)
@@ -82,11 +82,15 @@ def score(name: str, rows: list, verdicts_ab, verdicts_ba=None) -> dict:
         cases = [[c._replace(ba=c.ab) for c in cs] for cs in cases]
     scored = [(r, cs) for r, cs in zip(rows, cases) if cs]
     figures = bench.official([r for r, _ in scored], [cs for _, cs in scored], bench.subset)
-    return {"benchmark": str(name), **figures, **shared(cases, both=verdicts_ba is not None), "unscored": len(rows) - len(scored)}
+    return {"benchmark": str(name), "partial": False, **figures, **shared(cases, both=verdicts_ba is not None), "unscored": len(rows) - len(scored)}
 
 
-def interval(name: str, rows: list, verdicts_ab, verdicts_ba=None, figure="official", n: int = 200, level=0.95, seed=0):
-    """(value, low, high) of a figure of `score` that is no mean over rows, by a percentile bootstrap of whole groups."""
+def interval(name: str, rows: list, verdicts_ab, verdicts_ba=None, n: int = 2000, level=0.95, seed=0):
+    """(official figure, low, high) in the benchmark's unit, its groups drawn (see `Benchmark.group`).
+
+    `stats.interval` of the rows' own figures where the official one is their mean. A mean over subsets gives it jackknife
+    pseudo-values instead, C·(figure of all C groups) − (C−1)·(figure without this one): drawing the rows themselves would empty
+    small subsets. One group: (figure, nan, nan)."""
     bench, by_group = get(name), {}
     for row, cs in zip(rows, bench.cases(rows, verdicts_ab, verdicts_ba)):
         if cs:
@@ -94,15 +98,19 @@ def interval(name: str, rows: list, verdicts_ab, verdicts_ba=None, figure="offic
             by_group.setdefault((bench.group or bench.row_id)(row), []).append((bench.row_id(row), row, cs))
     groups = [sorted(by_group[g], key=lambda x: x[0]) for g in sorted(by_group)]
 
-    def value(picked):
-        return bench.official([r for g in picked for _, r, _ in groups[g]], [c for g in picked for *_, c in groups[g]], bench.subset)[figure]
+    def figures(parts):
+        return bench.official([r for g in parts for _, r, _ in g], [cs for g in parts for *_, cs in g], bench.subset)
 
-    if len(groups) < 2:
-        return value(range(len(groups))), np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    drawn = [value(rng.integers(0, len(groups), len(groups))) for _ in range(n)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return value(range(len(groups))), float(low), float(high)
+    found, c = figures(groups), len(groups)
+    if bench.mean_of_subsets and c > 1:
+        values = [c * found["accuracy"] - (c - 1) * figures(groups[:i] + groups[i + 1 :])["accuracy"] for i in range(c)]
+        middle, low, high = stats.interval(values, n=n, level=level, seed=seed)
+    else:
+        values = [figures([[member]])["accuracy"] for g in groups for member in g]
+        middle, low, high = stats.interval(values, np.repeat(np.arange(c), [len(g) for g in groups]), n=n, level=level, seed=seed)
+    scale = 100 if found["unit"] == "percent" else 1
+    low, high = (float(scale * np.clip(x + found["accuracy"] - middle, 0, 1)) for x in (low, high))
+    return found["official"], low, high
 
 
 def verdicts(name: str, rows: list, frame) -> tuple[list, list]:

@@ -2,18 +2,19 @@
 
 Rule: sign of `overall_preference` (negative = response 1 better; 0 = no gold, not scored); accuracy, both orders averaged,
 fraction of 1, per domain. Where the split has not been fetched, the 100 real rows of helpsteer3_sample stand in, with a
-warning: n says which of the two was judged.
+warning, and the figures are `partial`.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from rmnlhf import sources
 
 from .own import as_benchmark
-from .scoring import Benchmark
+from .scoring import Benchmark, Case, plain_official
 
 
 def read(data_dir: Path) -> list:
@@ -31,4 +32,11 @@ def label(row: dict) -> str | None:
     return None if preference == 0 else "A" if preference < 0 else "B"
 
 
-BENCHMARK: Benchmark = as_benchmark("helpsteer3", read, label=label, fields=("response1", "response2"), subset="domain")
+def official(rows: list, cases: list[list[Case]], subset) -> dict:
+    stand_in = any(getattr(r, "source", "") == "helpsteer3_sample" for r in rows)
+    return plain_official(rows, cases, subset) | {"partial": ["validation split; a sample of 100 rows stands in"] if stand_in else False}
+
+
+BENCHMARK: Benchmark = replace(
+    as_benchmark("helpsteer3", read, label=label, fields=("response1", "response2"), subset="domain"), official=official
+)

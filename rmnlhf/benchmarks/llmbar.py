@@ -1,7 +1,8 @@
 """LLMBar (Zeng et al. 2024): 419 pairs, one following the instruction and one only looking better, in five subsets.
 
 Official rule: accuracy per subset, both orders averaged; headline = mean over the subsets (percent); `adversarial` = mean
-over the four adversarial ones. A subset is a folder upstream: `read` adds it as column "subset".
+over the four adversarial ones. A subset is a folder upstream: `read` adds it as column "subset". `partial` names subsets
+without a row.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def official(rows: list, cases: list[list[Case]], subset) -> dict:
     percent = {k: 100 * mean(v) for k, v in shares.items()}
     adversarial = [v for k, v in percent.items() if k in FOLDERS.values() and k != "Natural"]
     overall = mean(percent.values())
-    return {
-        "accuracy": overall / 100, "official": overall, "unit": "percent", "overall": overall, "subsets": percent,
+    missing = [s for s in FOLDERS.values() if s not in percent]
+    out = {
+        "accuracy": overall / 100, "official": overall, "unit": "percent", "subsets": percent, "partial": missing or False,
         "adversarial": mean(adversarial) if adversarial else None,
     }  # fmt: skip
+    return out | {"overall_partial" if missing else "overall": overall}
 
 
 BENCHMARK = Benchmark(
@@ -45,4 +48,5 @@ BENCHMARK = Benchmark(
     subset=lambda r: r.get("subset", "all"),
     group=lambda r: r["input"],
     official=official,
+    mean_of_subsets=True,
 )

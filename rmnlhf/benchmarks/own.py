@@ -1,16 +1,19 @@
 """Any PreferencePair rows as a benchmark: accuracy, both orders averaged, fraction of 1, per `meta["subset"]` where given.
 
-Name a JSONL file in `benchmarks.own` of params.yaml; `names()` then calls it by its path.
+Name a JSONL file in `benchmarks.own` of params.yaml. Lines that are no pair are left out, with a warning that counts them by reason.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from rmnlhf.pairs import PreferencePair, read_jsonl
 
 from .scoring import Benchmark, Contest, user
+
+log = logging.getLogger(__name__)
 
 
 def as_benchmark(
@@ -41,4 +44,10 @@ def as_benchmark(
 
 
 def open_file(path: str | Path) -> Benchmark:
-    return as_benchmark(str(path), lambda data_dir: read_jsonl(path).pairs)
+    def read(data_dir):
+        found = read_jsonl(path)
+        for reason, n in found.refused.items():
+            log.warning("%s: %d of %d rows left out: %s (%s)", path, n, found.lines, reason, found.examples[reason])
+        return found.pairs
+
+    return as_benchmark(str(path), read)

@@ -3,7 +3,7 @@
 Official rule (its `rewardbench/utils.py`): accuracy per subset; section = mean over its subsets weighted by size, where
 math-prm counts 984 for its 447 rows (as many as the code subsets together); headline = mean of the sections. Fractions of
 1. Both orders averaged; order "ab" shows the chosen response first. An unparsable verdict earns nothing (upstream: 0.5).
-Sections without a row are named in `partial`.
+Sections without a row, and subsets without one in the other sections, are named in `partial`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def official(rows: list, cases: list[list[Case]], subset) -> dict:
         if here := [k for k in names if k in subsets]:
             sections[section] = sum(subsets[k] * weights[k] for k in here) / sum(weights[k] for k in here)
     overall = mean(sections.values()) if sections else mean(subsets.values())
-    missing = [s for s in SECTIONS if s not in sections]
+    missing = [x for s, names in SECTIONS.items() for x in ([k for k in names if k not in subsets] if s in sections else [s])]
     out = {"accuracy": overall, "official": overall, "unit": "fraction", "sections": sections, "subsets": subsets}
     return out | {"partial": missing or False, "overall_partial" if missing else "overall": overall}
 
@@ -58,4 +58,5 @@ BENCHMARK = Benchmark(
     context=lambda r: user(r["prompt"]),
     subset=lambda r: r.get("subset", "all"),
     official=official,
+    mean_of_subsets=True,
 )

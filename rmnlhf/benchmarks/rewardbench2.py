@@ -67,5 +67,7 @@ BENCHMARK = Benchmark(
     contests=lambda r: [Contest(c, j, "A") for c in texts(r["chosen"]) for j in texts(r["rejected"])],
     context=lambda r: user(r["prompt"]),
     subset=lambda r: r.get("subset", "all"),
+    group=lambda r: f"{r.get('subset', 'all')}-{str(r['id']).removeprefix('ref:').removeprefix('tied:')}",  # the formula pairs them
     official=official,
+    mean_of_subsets=True,
 )

@@ -70,4 +70,5 @@ BENCHMARK = Benchmark(
     context=lambda r: user(r["prompt"]),
     subset=domain,
     official=official,
+    mean_of_subsets=True,
 )

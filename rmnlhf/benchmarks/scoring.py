@@ -59,7 +59,7 @@ def by(keys: Iterable, values: Iterable) -> dict[str, list]:
     return {k: out[k] for k in sorted(out)}
 
 
-def _plain_official(rows: list, cases: list[list[Case]], subset: Callable) -> dict:
+def plain_official(rows: list, cases: list[list[Case]], subset: Callable) -> dict:
     """Accuracy of single verdicts, both orders averaged, fraction of 1."""
     shares = [c.share for cs in cases for c in cs]
     subsets = by((subset(r) for r, cs in zip(rows, cases) for _ in cs), shares)
@@ -83,7 +83,8 @@ class Benchmark:
     context: Callable[[dict], list[dict]]
     subset: Callable[[dict], str] = lambda row: "all"
     group: Callable[[dict], str] | None = None
-    official: Callable = _plain_official
+    official: Callable = plain_official
+    mean_of_subsets: bool = False  # the headline is a mean over subsets (else over rows)
 
     def pair_ids(self, row) -> list[str]:
         """One id per contest of a row: the row's, with the contest's number where there are several."""
