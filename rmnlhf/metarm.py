@@ -24,7 +24,7 @@ from scipy import stats as scipy_stats
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import rewards
+from . import rewards, shared_prefix
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
@@ -239,6 +239,9 @@ class Head(nn.Module):
         verdict = torch.tanh(self.stance(x["stance"])) * torch.tanh(self.responses(x["responses"]))
         return self.content(x["content"])[:, 0] + verdict[:, 0]
 
+    def arrange(self, features):
+        return list(range(len(features)))
+
     def take(self, features, index):
         return features[index]
 
@@ -267,6 +270,7 @@ class SequenceRegressor(nn.Module):
             )
         torch.set_rng_state(state)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # no dropout: a resumed run stays equal
+        self.packed = shared_prefix.prepare(self.model)  # texts of one group share the encoding of what stands before the critique
         limit = getattr(model.config, "max_position_embeddings", None) or max_length
         self.max_length, self.limit = min(max_length, limit), limit
 
@@ -299,7 +303,12 @@ class SequenceRegressor(nn.Module):
     def prepare(self, features):
         pass
 
+    def arrange(self, features):
+        return sorted(range(len(features)), key=features.__getitem__)  # texts with a common beginning side by side
+
     def forward(self, features: list[list[int]]) -> torch.Tensor:
+        if self.packed:
+            return shared_prefix.scores(self.model, features)
         tokens, mask = _padded(features, self.model.config.pad_token_id, self.model.device)
         return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()
 
@@ -429,13 +438,14 @@ class MetaRM:
         size = len(targets) if isinstance(self.model, Head) else 8  # long texts: gradients are accumulated
         if self.params.ranking:
             size = len(targets)
-        for k in range(0, len(targets), size):
-            index = list(range(k, min(k + size, len(targets))))
+        order = self.model.arrange(features)
+        for k in range(0, len(order), size):
+            index = order[k : k + size]
             output = self.model(self.model.take(features, index)) + self.offset
             wanted = targets[index].to(output.device)
             loss = ((output - wanted) ** 2).sum() / len(targets)
             if self.params.ranking:
-                loss = loss + _ranking(output, wanted, groups)
+                loss = loss + _ranking(output, wanted, [groups[i] for i in index])
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self._trainable(), 1.0)

@@ -10,6 +10,7 @@ so that its cost, too, is that of what is seen and not of a dense mask.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -149,26 +150,51 @@ def block_mask(p: Packed):
     return create_block_mask(seen, None, None, n, n, device=p.group.device)
 
 
+def attention(kind: str, p: Packed) -> dict:
+    """What a forward of the packed row needs for attention `kind`: tokens, positions and who sees whom."""
+    row = {"input_ids": p.ids, "position_ids": p.positions, "use_cache": False}
+    if kind == "flex_attention":
+        return row | {"attention_mask": block_mask(p)}
+    if kind == ATTENTION:  # 4D: passed on as it is, and not read
+        return row | {"attention_mask": p.ids.new_empty(1, 1, 1, 1, dtype=torch.bool), "rmnlhf_branches": branches(p)}
+    if int(p.branch.max()) < 2 and not int(p.group.max()):
+        return row | {"attention_mask": None}  # one prompt, one completion: a plain sequence, for any attention
+    return row | {"attention_mask": visible(p)[None, None]}
+
+
 def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each of the M tokens under softmax(logits / temperature), and the entropy there (no gradient).
 
     The head runs at the M places alone: a prompt has no logits."""
-    kind, more = model.config._attn_implementation, {}
-    if kind == "flex_attention":
-        mask = block_mask(p)
-    elif kind == ATTENTION:  # 4D: passed on as it is, and not read
-        mask, more = p.ids.new_empty(1, 1, 1, 1, dtype=torch.bool), {"rmnlhf_branches": branches(p)}
-    elif int(p.branch.max()) < 2 and not int(p.group.max()):
-        mask = None  # one prompt, one completion: a plain sequence, for any attention
-    else:
-        mask = visible(p)[None, None]
     with policy.mixed_precision(model):
-        out = model(input_ids=p.ids, position_ids=p.positions, attention_mask=mask, use_cache=False, logits_to_keep=p.at, **more)
+        out = model(**attention(model.config._attn_implementation, p), logits_to_keep=p.at)
     logits = out.logits
     found, entropy = selective_log_softmax_and_entropy(
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
     )
     return found[0], entropy[0]
+
+
+def scores(model, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Output (R,) of a decoder for sequence classification at the last token of each of R texts; what texts have in common at their
+    beginning is encoded once (MetaRM's conversation and responses, before each critique of a group)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    order, prompts, members = sorted(range(len(rows)), key=rows.__getitem__), [], []
+    for i in order:
+        common = len(os.path.commonprefix([members[-1][0], rows[i]])) if members else 0
+        if 2 * common >= len(rows[i]) and members:  # most of it
+            members[-1].append(rows[i])
+            prompts[-1] = min(prompts[-1], common, len(rows[i]) - 1)
+        else:
+            members.append([rows[i]])
+            prompts.append(len(rows[i]) - 1)
+    # a completion's last token is a label only: each gets one more, so that its own last token is read
+    p = pack([m[0][:n] for m, n in zip(members, prompts)], [[[*x[n:], 0] for x in m] for m, n in zip(members, prompts)], model.device)
+    with policy.mixed_precision(model):
+        hidden = getattr(base, base.base_model_prefix)(**attention(base.config._attn_implementation, p)).last_hidden_state[0]
+        ends = p.at[torch.cat([p.row[1:] != p.row[:-1], p.row.new_ones(1, dtype=torch.bool)])]
+        found = base.score(hidden[ends])[:, 0].float()
+    return torch.empty_like(found).index_put((torch.tensor(order, device=found.device),), found)
 
 
 def unpacked(model, prompts, completions) -> torch.Tensor:
@@ -177,7 +203,8 @@ def unpacked(model, prompts, completions) -> torch.Tensor:
 
 
 def prepare(model) -> bool:
-    """Choose the attention for this device and try it: whether packed and padded log-probabilities agree on a few tokens.
+    """Choose the attention for this device and try it: whether packed and padded log-probabilities (of a sequence classifier:
+    outputs) agree on a few tokens.
 
     Models whose attention cannot take the mask (sliding windows, linear attention, own kernels) return False, with a message;
     they are trained padded, as trl does it."""
@@ -191,23 +218,24 @@ def prepare(model) -> bool:
         if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
             raise NotImplementedError("its attention has a sliding window")
         base.set_attn_implementation("flex_attention" if model.device.type == "cuda" else ATTENTION)
+        classifier, alone = hasattr(base, "score"), []
         with torch.no_grad():
-            packed, _ = logps(model, pack([prompt], [members], model.device))
-            alone = []
+            packed = scores(model, [prompt + c for c in members]) if classifier else logps(model, pack([prompt], [members], model.device))[0]
             for c in members:
                 with policy.mixed_precision(model):
-                    out = model(input_ids=torch.tensor([prompt + c], device=model.device), use_cache=False).logits[0, len(prompt) - 1 : -1]
-                alone.append(out.float().log_softmax(-1).gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
+                    out = model(input_ids=torch.tensor([prompt + c], device=model.device), use_cache=False).logits[0]
+                after = out[len(prompt) - 1 : -1].float().log_softmax(-1) if not classifier else None
+                alone.append(out if classifier else after.gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
         off = (packed.float() - torch.cat(alone)).abs()
         exact = base.dtype == torch.float32  # in bf16 one token of two right forwards may differ by 0.6: there the mean counts
         off = (off.max() if exact else off.mean()).item()
         if not off < (1e-3 if exact else 0.3):
-            reason = f"its log-probabilities differ by {off:.2g} from those of the padded forward"
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as e:
+            reason = f"its outputs differ by {off:.2g} from those of the padded forward"
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as e:
         reason = f"{type(e).__name__}: {e}"
     finally:
         model.train(training)
     if reason:
         base.set_attn_implementation(before)
-        log.warning("shared-prefix update not used for %s (%s): training padded, as trl does", type(base).__name__, reason)
+        log.warning("shared-prefix forward not used for %s (%s): padded instead", type(base).__name__, reason)
     return reason is None

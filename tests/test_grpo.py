@@ -147,7 +147,7 @@ def test_attention_that_cannot_take_the_pack_falls_back_with_a_message(caplog):
 
     size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     assert not shared_prefix.prepare(Blind(MistralConfig(**size, initializer_range=0.5, sliding_window=None)))
-    assert "training padded" in caplog.text and "Blind" in caplog.text and "differ by" in caplog.text
+    assert "padded instead" in caplog.text and "Blind" in caplog.text and "differ by" in caplog.text
     assert not shared_prefix.prepare(MistralForCausalLM(MistralConfig(**size, sliding_window=4096)))
     assert "sliding window" in caplog.text
     assert shared_prefix.prepare(MistralForCausalLM(MistralConfig(**size, sliding_window=None)))

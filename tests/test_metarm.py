@@ -246,6 +246,19 @@ def test_decoder_base(P, tiny_decoder, tune, tmp_path):
     one = metarm.MetaRM(settings, 3, policy)
     history = one.fit(rows)
     assert history[-1]["loss"] < history[0]["loss"]
+    group = [r | {"critique": f"{r['critique']} {k} " * k} for r in rows[:3] for k in (1, 2, 3)] + rows[:1] * 2  # unequal, and twice the same
+    features = one.model.encode(group)
+    assert one.model.packed
+    packed, gradients = one.model(features), []
+    one.model.packed = False
+    torch.testing.assert_close(packed, one.model(features), atol=2e-5, rtol=1e-4)
+    for one.model.packed in (True, False):
+        one.model.zero_grad()
+        one.model(features).square().sum().backward()
+        gradients.append(torch.cat([w.grad.flatten() for w in one.model.parameters() if w.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm() > 0
+    one.model.packed = True
+    one.model.zero_grad()
     assert one.update(rows[:4]) is not None and isinstance(one.buffer, list)
     two = metarm.MetaRM.load(one.save(tmp_path / tune))
     assert np.array_equal(one.score(rows), two.score(rows))
