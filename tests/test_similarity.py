@@ -1,6 +1,7 @@
 """The laws of the process reward, contradictions, cheating, the merged reference, and the paper's LLM judges with a fake judge."""
 
 import importlib.util
+import json
 import math
 import random
 import time
@@ -266,3 +267,65 @@ def test_llm_backend_masks_both_sides_of_a_match():
     assert found.f1 == pytest.approx(1) and [a.text for a in found.reference] == ["SIDEA names 3 laws"]
     other = similarity(f"{said}.", ["Response 1 names 4 laws."], backend="llm", judge=Fake(answer(said), answer("Response 1 names 4 laws")))
     assert other.f1 == 0, "a number of the claim still counts"
+
+
+# ---- 02's tables, where a judge is reachable ------------------------------------------------------------------------
+@pytest.fixture
+def proxies_of(monkeypatch):
+    """What the cells of 02 that are tagged `tested` define, with `grader` as the judge that is reachable."""
+    import numpy as np
+    import pandas as pd
+    from rouge_score.rouge_scorer import RougeScorer
+    from scipy.stats import rankdata
+    from tqdm.auto import tqdm
+
+    from rmnlhf import judge, params
+
+    cells = json.loads((ROOT / "notebooks/02_core_similarity.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = {c["id"]: "".join(c["source"]) for c in cells if "tested" in c["metadata"].get("tags", [])}
+
+    def run(grader, tables=None, backend="offline"):
+        monkeypatch.setattr(judge, "reachable", lambda params: grader)
+        monkeypatch.setattr(judge, "of", lambda params: grader if backend == "llm" else None)
+        space = {"np": np, "pd": pd, "RougeScorer": RougeScorer, "rankdata": rankdata, "tqdm": tqdm, "judge": judge, "similarity": module,
+                 "P": params.load(profile="smoke", overrides=[f"similarity.backend={backend}"]), "metrics": {}, "tables": tables or {}}  # fmt: skip
+        for name in ("proxies", "scores", "scores-run") if tables else ("proxies", "scores"):
+            exec(cells[name], space)  # noqa: S102
+        return space
+
+    return run
+
+
+def test_the_runs_own_backend_is_the_measure_and_the_offline_one_stands_beside_it(proxies_of):
+    class Reader:
+        """Says of every critique that it praises Response A's law."""
+
+        def ask(self, messages_list, schema):
+            one = {"arguments": [{"text": "Response A cites a law", "side": "A", "polarity": "praise", "core": True}]}
+            return [one if "arguments" in schema["properties"] else {"repeats": False, "generated": 1, "reference": 1, "matched": 1}] * len(messages_list)
+
+    texts = (["Response A is rude."], [["Response B is vague."]])
+    frame = proxies_of(Reader(), backend="llm")["proxies"](*texts)
+    assert frame.core_f1[0] == pytest.approx(1) and frame.offline_core_f1[0] == 0 and frame.paper_judge[0] == 1
+    plain = proxies_of(None)["proxies"](*texts)
+    assert plain.core_f1[0] == 0 and "paper_judge" not in plain and "offline_core_f1" not in plain
+
+
+def test_judged_proxies_get_intervals_on_the_rows_that_the_judge_answered(proxies_of):
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    truth = np.tile([0.0, 1.0], 40)
+    frame = pd.DataFrame({"all_f1": truth + rng.normal(0, 0.3, 80), "core_f1": truth + rng.normal(0, 0.2, 80), "cosine": rng.random(80)})
+    frame["meta_judge"] = rng.integers(0, 11, 80) / 10
+    frame.loc[:9, "meta_judge"] = np.nan
+    tables = {"controlled": frame.assign(truth=truth, group=np.arange(80) // 4), "silent": frame.assign(meta_judge=np.nan, truth=truth, group=range(80))}
+    found = proxies_of(object(), tables)["metrics"]
+    difference = found["controlled/all_f1-meta_judge/auc"]  # what claims.yaml reads
+    assert difference["n"] == 70 and difference["low"] < difference["mean"] < difference["high"] and difference["low"] > 0
+    known = proxies_of(object())["auc"](truth[10:], frame.all_f1[10:]) - found["controlled/meta_judge/auc"]["mean"]
+    assert difference["mean"] == pytest.approx(known, abs=1e-3), "both on the same rows"
+    assert found["controlled/meta_judge/missing"] == 10 and found["controlled/core_f1/auc"]["n"] == 80
+    assert "controlled/core_f1-cosine/rho" in found and "controlled/all_f1-cosine/rho" not in found
+    assert found["silent/meta_judge/missing"] == 80 and "silent/meta_judge/auc" not in found, "no answer is no figure"
