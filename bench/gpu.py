@@ -1,9 +1,9 @@
-"""One GRPO step of a 7B policy by each backend, in one run: ours on Transformers, Unsloth's own path, plain trl.
+"""One GRPO step of a 7B policy by each backend, in one run: ours with Transformers' or vLLM's rollouts, Unsloth's own path, plain trl.
 
     python bench/gpu.py                                   # bench/results/gpu.json, or $OUT/gpu.json
     python bench/gpu.py --backend trl --prompt 1000       # one case, one JSON line
 
-For prompts of 1,000 and 2,500 tokens: seconds of a step (rollouts of one group, then the update), share of the matrix-product
+For prompts of 1,000 and 2,500 tokens: seconds of a step (rollouts of one group, 600 tokens each, then their update), share of the matrix-product
 rate that the update makes useful, peak memory, and rollout tokens/s over the decode bound (the time to read the weights once for
 each token). Each case is a process of its own. Without CUDA: tiny shapes, nothing is written.
 """
@@ -11,79 +11,57 @@ each token). Each case is a process of its own. Without CUDA: tiny shapes, nothi
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-BACKENDS = ("transformers", "unsloth", "trl")
+BACKENDS = ("transformers", "vllm", "unsloth", "trl")
+LOADED = ("vllm", "unsloth")  # these read a folder, and need CUDA
 ASKED = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 ASKED.add_argument("--backend", choices=BACKENDS)
 ASKED.add_argument("--prompt", type=int, default=0, help="tokens of the prompt; without CUDA a 20th of it")
-ASKED.add_argument("--base", help="folder with the weights for Unsloth, which loads no model from memory")
+ASKED.add_argument("--base", help="folder with the weights for vLLM and Unsloth, which load no model from memory")
 
 if __name__ == "__main__" and "unsloth" in sys.argv and importlib.util.find_spec("unsloth"):
     import unsloth  # noqa: F401  # before anything imports Transformers
 
 # isort: off
 from gpu_common import (
-    alone, attempt, batch, build, device, header, machine, report, setting, small_params, timed, tokenizer, trainer, update, useful_flop,
+    alone, attempt, batch, build, device, drawing, header, machine, report, setting, small_params, timed, tokenizer, trainer, update, useful_flop,
 )  # fmt: skip
 
 PROMPTS = (1000, 2500)
 
 
 def policy(backend: str, s, base: str | None):
-    """The random 7B with LoRA and gradient checkpointing, as this backend loads it."""
+    """The random 7B with LoRA and gradient checkpointing, as this backend loads it; the parameters of one that is read from a folder."""
     import torch
 
-    if backend != "unsloth":
-        return build(s.size, torch.bfloat16, s.rank, checkpointing=True)
-    import unsloth  # noqa: F401
+    if backend not in LOADED:
+        return build(s.size, torch.bfloat16, s.rank, checkpointing=True), None
+    if backend == "unsloth":
+        import unsloth  # noqa: F401
 
     from rmnlhf import policy as loader
 
     params = small_params(base, **{
-        "policy.backend": "unsloth", "policy.dtype": "bfloat16", "policy.rank": s.rank, "policy.alpha": 2 * s.rank, "policy.max_prompt": s.P,
-        "policy.max_completion": s.C, "policy.gradient_checkpointing": "true",
+        "policy.backend": "unsloth" if backend == "unsloth" else "transformers", "policy.dtype": "bfloat16", "policy.rank": s.rank,
+        "policy.alpha": 2 * s.rank, "policy.max_prompt": s.P, "policy.max_completion": s.C, "policy.gradient_checkpointing": "true",
+        "rollout.engine": "vllm" if backend == "vllm" else "transformers",
     })  # fmt: skip
-    return loader.load(params, trainable=True)[0]
-
-
-def rollouts(backend: str, model, s):
-    """A call that makes N completions of `tokens` tokens of one prompt, with this backend's engine."""
-    import torch
-
-    prompt = batch(s, model.device)["prompt_ids"][:1]
-    if backend == "transformers":
-        from rmnlhf import rollout
-
-        engine = rollout.TransformersEngine(model, tokenizer())
-
-        def draw():
-            engine.sync(model)
-            return engine.generate([prompt[0].tolist()], s.N, s.tokens, 1.0, 1.0, 0, 64)
-    else:
-
-        def draw():
-            with torch.no_grad():
-                model.eval()
-                return model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, max_new_tokens=s.tokens,
-                    min_new_tokens=s.tokens, num_return_sequences=s.N, pad_token_id=0, use_cache=True,
-                )  # fmt: skip
-
-    return draw
+    return loader.load(params, trainable=True)[0], params
 
 
 def case(backend: str, s, base: str | None) -> dict:
-    rate, model = machine(s), policy(backend, s, base)
-    made = timed(rollouts(backend, model, s), max(1, s.repeats // 2))
+    rate, (model, params) = machine(s), policy(backend, s, base)
+    made = timed(drawing(backend, model, s, params), max(1, s.repeats // 2))
     with tempfile.TemporaryDirectory() as folder:
         model.train()
-        done = update(trainer(model, s, backend == "transformers", folder), batch(s, model.device), s.repeats)
-    flop, tokens = useful_flop(model, s), s.N * s.tokens / made["seconds"]
+        done = update(trainer(model, s, backend in ("transformers", "vllm"), folder), batch(s, model.device), s.repeats)
+    flop, tokens = useful_flop(model, s), s.N * s.C / made["seconds"]
     read = sum(w.nbytes for n, w in model.named_parameters() if "lora_" not in n)
     return {
         "step_seconds": made["seconds"] + done["seconds"], "rollout": made, "update": done,
@@ -99,11 +77,13 @@ def shape(prompt: int):
 
 
 def save_base(folder: str) -> str:
-    """The same random 7B on disk, with a tokenizer: what Unsloth loads."""
+    """The same random 7B on disk, with a tokenizer; this process keeps none of the GPU's memory."""
     import torch
 
     build(shape(PROMPTS[0]).size, torch.bfloat16, 1).unload().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    gc.collect()
+    torch.cuda.empty_cache()
     return folder
 
 
@@ -121,11 +101,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for backend in BACKENDS:
             base = []
-            if backend == "unsloth":
-                if not found["cuda"] or not importlib.util.find_spec("unsloth"):
-                    found[backend] = {"missing": "unsloth"} if found["cuda"] else {"skipped": "no CUDA device"}
+            if backend in LOADED:
+                if not found["cuda"] or not importlib.util.find_spec(backend):
+                    found[backend] = {"missing": backend} if found["cuda"] else {"skipped": "no CUDA device"}
                     continue
-                base = ["--base", save_base(folder)]
+                base = ["--base", folder if any(Path(folder).iterdir()) else save_base(folder)]
             for prompt in PROMPTS:
                 name = f"{backend}_{prompt}"
                 found[name] = alone(script, "--backend", backend, "--prompt", str(prompt), *base)
@@ -135,6 +115,8 @@ def main():
         found[f"fastest_{prompt}"] = min(times, key=times.get) if times else None
         if {"trl", "transformers"} <= times.keys():
             found[f"step_trl_over_ours_{prompt}"] = times["trl"] / times["transformers"]
+        if {"trl", "vllm"} <= times.keys():  # the default where vLLM is installed
+            found[f"step_trl_over_ours_with_vllm_{prompt}"] = times["trl"] / times["vllm"]
     report("gpu.json", found)
     sys.exit(any("failed" in v for v in found.values() if isinstance(v, dict)))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -44,9 +45,9 @@ def device():
 
 
 def build(size: str, dtype, rank: int, checkpointing: bool = False, where: str | None = None, seed: int = 0):
-    """A random Qwen2 of that size with LoRA on all linear layers, its B matrices not zero, so that every gradient is."""
+    """A random Qwen2 of that size with LoRA on all linear layers, its B matrices not zero, so that every gradient is not either;
+    without PEFT the model alone, for what trains nothing."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from rmnlhf.policy import ALL
@@ -55,6 +56,10 @@ def build(size: str, dtype, rank: int, checkpointing: bool = False, where: str |
     torch.manual_seed(seed)
     with torch.device(where or device()):
         base = Qwen2ForCausalLM(config).to(dtype) if size == "tiny" else Qwen2ForCausalLM._from_config(config, dtype=dtype)
+        if not importlib.util.find_spec("peft"):
+            return base.eval()
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ALL, task_type="CAUSAL_LM"))
         disturb(model, 0.02)
     if checkpointing:
@@ -133,6 +138,33 @@ def trainer(model, s, packed: bool, folder: str):
 
 def _no_reward(completions, **columns):
     return [0.0] * len(completions)
+
+
+def drawing(engine: str, model, s, params=None):
+    """A call that makes N completions of C tokens of one prompt: by our engine "transformers" or "vllm" (which reads `params`), with
+    the model's weights handed over first, or by Transformers' own `generate`, as plain trl does."""
+    import torch
+
+    from rmnlhf import rollout
+
+    prompt = batch(s, model.device)["prompt_ids"][:1]
+    if engine in ("transformers", "vllm"):
+        made = rollout.engine(model, tokenizer(), params) if engine == "vllm" else rollout.TransformersEngine(model, tokenizer())
+
+        def draw():
+            made.sync(model)
+            return made.generate([prompt[0].tolist()], s.N, s.C, 1.0, 1.0, 0, 64)
+    else:
+
+        def draw():
+            with torch.no_grad():
+                model.eval()
+                return model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, max_new_tokens=s.C,
+                    min_new_tokens=s.C, num_return_sequences=s.N, pad_token_id=0, use_cache=True,
+                )  # fmt: skip
+
+    return draw
 
 
 def gradient(train, inputs) -> dict:
@@ -218,14 +250,16 @@ def machine(s) -> dict:
 
 
 def logprob_difference(model, prompt, completions) -> float:
-    """Mean absolute difference of an engine's log-probabilities and the trainer's own, at temperature 1."""
+    """Mean absolute difference of an engine's log-probabilities and those of the model's plain forward, at temperature 1."""
     import torch
 
-    from rmnlhf import shared_prefix
-
+    off = []
     with torch.no_grad():
-        wanted, _ = shared_prefix.logps(model, shared_prefix.pack([prompt], [[c.ids for c in completions]], model.device))
-    return (wanted.float().cpu() - torch.tensor([x for c in completions for x in c.logprobs])).abs().mean().item()
+        for c in completions:
+            ids = torch.tensor([[*prompt, *c.ids]], device=model.device)
+            logits = model(ids, use_cache=False, logits_to_keep=len(c.ids) + 1).logits[0, :-1].float()
+            off += (logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu() - torch.tensor(c.logprobs)).abs().tolist()
+    return sum(off) / len(off)
 
 
 def saved(folder: str, dtype=None):
@@ -261,7 +295,7 @@ def attempt(part, s) -> dict:
         else:
             out = part(s)
     except ImportError as e:
-        out = {"missing": e.name or str(e)}
+        out = {"missing": e.name.split(".")[0] if e.name else str(e)}
     except Exception as e:  # noqa: BLE001  # a part that breaks must not take the others with it
         out = {"failed": f"{type(e).__name__}: {str(e)[:400]}"}
     gc.collect()
@@ -294,8 +328,11 @@ def report(name: str, found: dict):
     print(json.dumps(found))
 
 
-def alone(script: str, *options: str) -> dict:
-    """The JSON line of a process of its own, or how it ended."""
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=540, check=False)
+def alone(script: str, *options: str, seconds: float = 540) -> dict:
+    """The JSON line of a process of its own, or how it ended; after `seconds` it is stopped."""
+    try:
+        done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as e:
+        return {"failed": f"not done after {seconds} s: {(e.stderr or b'')[-300:].decode(errors='replace')}"}
     lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
     return json.loads(lines[-1]) if lines else {"failed": f"exit {done.returncode}: {done.stderr[-300:]}"}

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
@@ -75,6 +74,8 @@ def engine(model, tokenizer, params):
         name = "vllm" if can else "transformers"
     if name == "transformers":
         return TransformersEngine(model, tokenizer)
+    from accelerate import PartialState
+
     if name == "server":
         key = ("server",)
     elif (n := PartialState(cpu=not torch.cuda.is_available()).num_processes) > 1:
@@ -419,7 +420,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(
-            n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, seed=None if self.cpu else seed
+            n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, seed=None if self.cpu else seed, detokenize=False
         )
         self._wake()
         got = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=progress)
@@ -444,6 +445,8 @@ class VllmServer:
     The first process sends the merged weights; each asks for its own prompts. How to start the server: README, GPU."""
 
     def __init__(self, model, tokenizer, params):
+        from accelerate import PartialState
+
         if not (url := os.environ.get("RMNLHF_ROLLOUT_URL")):
             raise ValueError("rollout.engine is server: name its address in RMNLHF_ROLLOUT_URL (http://host:port), or set another engine")
         from trl.generation.vllm_client import VLLMClient

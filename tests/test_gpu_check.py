@@ -5,12 +5,17 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from rmnlhf import ROOT
 
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_common
 
-def run(script, tmp_path, *options):
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / script), *options], capture_output=True, text=True, env=env, timeout=900)
+
+def run(script, tmp_path, *options, **environment):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / script), *options], capture_output=True, text=True, env=env, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())  # nothing is recorded that was not measured on a GPU
     return json.loads(done.stdout.splitlines()[-1])
@@ -29,6 +34,33 @@ def test_every_part_that_needs_no_gpu_passes(tmp_path):
 
 def test_the_comparison_of_backends_runs_on_tiny_shapes(tmp_path):
     found = run("gpu.py", tmp_path)
-    assert found["unsloth"] == {"skipped": "no CUDA device"}
+    assert found["unsloth"] == found["vllm"] == {"skipped": "no CUDA device"}
     for prompt in (1000, 2500):
+        assert found[f"trl_{prompt}"]["rollout_tokens_per_second"] * found[f"trl_{prompt}"]["rollout"]["seconds"] == pytest.approx(4 * 12)  # N · C
         assert found[f"step_trl_over_ours_{prompt}"] > 0 and found[f"fastest_{prompt}"] in ("transformers", "trl")
+
+
+def test_a_bare_machine_names_what_it_lacks_and_does_the_rest(tmp_path):
+    """torch and Transformers alone: no PEFT, trl, accelerate, datasets."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(['peft', 'trl', 'accelerate', 'datasets'])\n")
+    bare = {"PYTHONPATH": str(tmp_path / "bare")}
+    found = run("gpu_check.py", tmp_path / "out", "--part", "rollouts", **bare)
+    assert found["tokens_per_second"] > 0 and found["logprobs_off"] < 0.06
+    assert run("gpu_check.py", tmp_path / "out", "--part", "resume", **bare)["missing"] in ("trl", "accelerate")
+
+
+def test_a_case_that_hangs_is_recorded(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text("import sys, time\nprint('at layer 3', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
+    assert gpu_common.alone(str(script), seconds=3) == {"failed": "not done after 3 s: at layer 3\n"}
+
+
+def test_the_whole_step_is_held_to_its_bar():
+    import gpu_check
+
+    parts = {p.__name__: {} for p in gpu_check.PARTS} | {"step": {"ratio": 2.9}, "vllm": {"logprobs_off": 0.01}}
+    judged = gpu_check.bars(parts | {"cuda": True})
+    assert judged["step.ratio"] == {"figure": 2.9, "bar": "at least 3", "met": False} and judged["vllm.logprobs_off"]["met"]
+    assert gpu_check.bars(parts | {"cuda": False})["step.ratio"]["met"] is None
