@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from rmnlhf import ROOT, params, sources, splits
 
@@ -63,6 +64,19 @@ def test_make_gpu_fetches_what_the_profile_reads():
     (fetching,) = [line for line in planned.splitlines() if "rmnlhf.sources " in line]
     assert set(fetching.split("rmnlhf.sources ")[1].split()) == wanted
     assert planned.index(fetching) < planned.index("dvc repro")
+
+
+def test_a_labelled_pull_request_runs_make_gpu_and_keeps_its_notebooks():
+    spec = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8"))
+    job, on = spec["jobs"]["gpu"], spec[True]  # YAML reads the key `on` as true
+    assert on["pull_request"] == {"types": ["labeled"]} and "github.event.label.name == 'gpu'" in job["if"]
+    (command,) = [s["run"] for s in job["steps"] if "run" in s]
+    assert command.startswith("make ${{ inputs.target || 'gpu' }}")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(on["workflow_dispatch"]["inputs"]["target"]["options"]) <= set(targets)
+    upload = job["steps"][-1]
+    assert upload["uses"].startswith("actions/upload-artifact") and upload["if"] == "always()"
+    assert {"results/notebooks", "bench/results"} <= set(upload["with"]["path"].split())
 
 
 def test_profile_gpu_does_not_train_on_generated_pairs(tmp_path):
