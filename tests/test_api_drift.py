@@ -1,6 +1,6 @@
 """Every argument that the package hands to unsloth, vllm, trl, transformers and peft exists in the locked version.
 
-Calls are collected from the package's source. What can be imported is inspected; vllm and unsloth, which need a GPU, are checked
+Calls are collected from the package, the benches and the notebooks' code cells. What can be imported is inspected; vllm and unsloth, which need a GPU, are checked
 against signatures read from the locked wheels (tests/api). Drift fails; nothing is skipped.
 """
 
@@ -22,7 +22,8 @@ import snapshot
 
 SNAPSHOTS = {p: json.loads((API / f"{p}.json").read_text(encoding="utf-8")) for p in snapshot.WANTED}
 INSPECTED = ("trl", "transformers", "peft", "accelerate", "torch", "datasets", "sentence_transformers")
-FILES = sorted((ROOT / "rmnlhf").rglob("*.py")) + sorted((ROOT / "bench").glob("*.py"))
+FILES = sorted((ROOT / "rmnlhf").rglob("*.py")) + sorted((ROOT / "bench").glob("*.py")) + sorted((ROOT / "notebooks").glob("*.ipynb"))
+CLIENT = "trl.generation.vllm_client.VLLMClient"  # `self.client` in a file that imports it
 VLLM_METHODS = {"collective_rpc", "reset_prefix_cache", "sleep", "wake_up", "get_tokenizer", "chat"}
 # a keyword argument that a **kwargs passes on: where it must be known in the end
 PASSED_ON = {"vllm.LLM": "EngineArgs"}
@@ -33,7 +34,7 @@ def calls():
     """(file:line, dotted name, number of positional arguments, keyword names) of every call on something imported."""
     out = []
     for file in FILES:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(source(file))
         names = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -53,9 +54,19 @@ def calls():
                 method = node.func.attr
                 if method in VLLM_METHODS or (method == "generate" and ast.unparse(node.func.value).endswith(".llm")):
                     out.append((where, f"vllm.LLM.{method}", len(node.args), keywords))
+            elif CLIENT in names.values() and name and name.startswith("self.client."):
+                out.append((where, CLIENT + name.removeprefix("self.client"), len(node.args), keywords))
             elif isinstance(node.func, ast.Attribute) and node.func.attr == "reload_weights":
                 out.append((where, "vllm.Worker.reload_weights", len(node.args), keywords))
     return out
+
+
+def source(file) -> str:
+    """A notebook's code cells, one after the other, or the file; lines are counted in that."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
 
 
 def dotted(node) -> str | None:
@@ -123,6 +134,8 @@ def test_calls_fit_what_is_installed():
                 continue
             known = {n for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
             takes_any = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+            if name.startswith(CLIENT + ".") and positional >= len(signature.parameters):  # `self` is one of them
+                wrong.append(f"{where}: {name} takes {len(signature.parameters) - 1} arguments, {positional} are given")
             checked |= {(name, k) for k in keywords if k in known}
             wrong += [f"{where}: {name}({k}=) is unknown" for k in keywords if k not in known and not takes_any]
             if takes_any and name.endswith("from_pretrained") and package in ("transformers", "peft"):
@@ -132,6 +145,15 @@ def test_calls_fit_what_is_installed():
                           ("transformers.BitsAndBytesConfig", "bnb_4bit_compute_dtype")):  # fmt: skip
         if any(c[1] == name for c in calls()):
             assert any(n == name for n, _ in checked), f"{name}: no argument was checked ({keyword} was expected)"
+
+
+def test_notebooks_and_the_client_of_a_vllm_server_are_collected():
+    """What 08 builds, and every method of trl's client that rollout.VllmServer calls."""
+    found = calls()
+    assert {n for w, n, *_ in found if w.startswith("notebooks/08")} >= {"trl.GRPOConfig", "trl.GRPOTrainer"}
+    assert {n.rpartition(".")[2] for _, n, *_ in found if n.startswith(CLIENT + ".")} == {
+        "init_communicator", "update_named_params", "reset_prefix_cache", "generate",
+    }  # fmt: skip
 
 
 def known_to_loader(keyword: str) -> bool:
@@ -188,6 +210,19 @@ def test_the_inputs_our_loss_reads_are_those_trl_makes():
     for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"):
         assert f'"{key}":' in source, f"trl's batch has no {key} any more"
     assert "ref_per_token_logps" in inspect.getsource(GRPOTrainer._compute_loss)
+
+
+def test_a_wrong_argument_in_a_notebook_or_of_the_client_would_be_found(tmp_path, monkeypatch):
+    cells = ["from trl.generation.vllm_client import VLLMClient\n", "self.client = VLLMClient(no_such=1)\nself.client.generate([], batch=2)\nself.client.close(1)\n"]
+    cells.append("self.client.reset_prefix_cache(3)\n")
+    book = {"cells": [{"cell_type": "code", "source": [c]} for c in cells] + [{"cell_type": "markdown", "source": ["not (python"]}]}
+    (tmp_path / "bad.ipynb").write_text(json.dumps(book))
+    monkeypatch.setattr(sys.modules[__name__], "FILES", [tmp_path / "bad.ipynb"])
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    with pytest.raises(AssertionError) as wrong:
+        test_calls_fit_what_is_installed()
+    for told in ("VLLMClient(no_such=)", "generate(batch=)", "VLLMClient.close does not exist", "reset_prefix_cache takes 0 arguments, 1 are given"):
+        assert told in str(wrong.value)
 
 
 def test_a_wrong_argument_would_be_found(tmp_path, monkeypatch):
