@@ -25,6 +25,7 @@ SHARED = 0.5  # two annotators raise the same argument from this match on
 SAID = 0.95  # one critique makes the same point twice from this match on
 REPEATED = 3  # one point made this often, and more often than people did, voids a critique (paper: 0/0/0)
 MIN_MATCH = 0.1  # less than this is no match
+BAR = 500  # new sentences from which on a bar is shown: some seconds on a CPU
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _encode(texts: Sequence[str], batch: int = 64) -> np.ndarray:
         if len(_rows) + len(new) > _MAX_ROWS:
             _rows.clear()
             new = sorted(set(texts))
-        found = _encoder().encode(new, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
+        found = _encoder().encode(new, batch_size=batch, normalize_embeddings=True, show_progress_bar=len(new) >= BAR)
         start = len(_rows)
         while start + len(new) > len(_table):
             _table = np.concatenate([_table, np.zeros_like(_table)])

@@ -214,6 +214,27 @@ def test_sentences_are_encoded_once(monkeypatch):
     assert embed(["a first sentence", "a first sentence"]).shape == (2, 384)
 
 
+def test_many_new_sentences_show_a_bar(monkeypatch):
+    import numpy as np
+
+    class Encoder:
+        bars = []
+
+        def encode(self, texts, show_progress_bar, **_):
+            self.bars.append((len(texts), show_progress_bar))
+            return np.zeros((len(texts), 384), np.float32)
+
+    monkeypatch.setattr(module, "_encoder", Encoder)
+    many = [f"sentence {i} of many" for i in range(module.BAR)]
+    embed(many[:3])
+    embed(many)
+    embed(["one more of many", *many])
+    assert Encoder.bars == [(3, False), (module.BAR - 3, False), (1, False)]
+    embed([t + "." for t in many])
+    assert Encoder.bars[-1] == (module.BAR, True)
+    module.forget(vectors=True)  # these were no vectors
+
+
 class Fake:
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
