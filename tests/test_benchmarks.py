@@ -1,11 +1,16 @@
 import itertools
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import test_judge
 
-from rmnlhf import benchmarks, params, rollout, similarity
+import rmnlhf
+from rmnlhf import benchmarks, params, report, rollout, similarity, splits
 from rmnlhf.benchmarks import judgebench, pandalm, rewardbench, runner
 from rmnlhf.grm import Judgement, format_judgement
 from rmnlhf.pairs import HumanCritique, PreferencePair, write_jsonl
@@ -482,3 +487,53 @@ def test_a_local_model_as_endpoint_tells_unreadable_from_unasked(monkeypatch, tm
     monkeypatch.setattr(judge.Judge, "_ask_vllm", local)
     frame = runner.evaluate("endpoint", None, own_pairs(1), smoke(judge__kind="vllm", judge__cache=tmp_path / "cache"))
     assert list(frame["error"]) == ["answer cut at its length limit", "missing"] and frame["correct"].isna().tolist() == [False, True]
+
+
+# ---- 07
+
+
+def test_07_with_recorded_judges(tmp_path, monkeypatch, data_dir, capsys):
+    """The notebook's own cells in a folder of their own: two recorded arms, a set in full, one in part, a file with a row refused."""
+    root = rmnlhf.ROOT
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rmnlhf, "ROOT", tmp_path)
+    shutil.copy(root / "params.yaml", tmp_path)
+    splits.save(splits.Splits(own_pairs(), [], [], {}, {}, "own"), tmp_path / "results/splits")
+    mine = [replace(p, id=f"mine-{p.id}") for p in own_pairs(8)]
+    write_jsonl("mine.jsonl", [*mine, {**mine[0].to_dict(), "label": "tie"}])
+    judged = mine + [p for name in ("llmbar", "judgebench") for p in benchmarks.pairs(name, benchmarks.load(name, data_dir))]
+    said = {"outcome": lambda p: ("A", "B"), "human": lambda p: (p.label, None), "silent": None}  # verdicts in each order, as shown
+    for name, verdicts in said.items():
+        write_jsonl(f"{name}.jsonl", [{"id": p.id, "order": o, "verdict": v, "critique": "Response A gives a reason."}
+                                      for p in judged if verdicts for o, v in zip(("ab", "ba"), verdicts(p))])  # fmt: skip
+    for stale in ("online.jsonl", "06/online.jsonl"):
+        write_jsonl(f"results/judgements/{stale}", [{}])
+    cells = [c for c in json.loads((root / "notebooks/07_benchmarks.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    titles = []
+    space = {"display": lambda shown: titles.extend(shown.columns)}
+    for cell in cells:
+        exec("".join(cell["source"]), space)  # noqa: S102
+        if cell["id"] == "parameters":
+            space["overrides"] = ["profile=smoke", f"data.dir={data_dir}", "benchmarks.names=[llmbar, judgebench]", "benchmarks.own=[mine.jsonl]",
+                                  "benchmarks.arm_rows=8", "benchmarks.judges=[outcome.jsonl, human.jsonl, silent.jsonl]"]  # fmt: skip
+    metrics = json.loads((tmp_path / "results/metrics/07_benchmarks.json").read_text())
+    shares = ["official", "accuracy", "accuracy_ab", "accuracy_ba", "consistent", "consistency", "first_position", "invalid", "critique_chars"]
+    table = pd.read_csv("results/tables/07_main.csv").set_index(["judge", "benchmark"])
+    assert len(table) == 7 * 3 and {f"{k}{end}" for k in shares for end in ("", "_low", "_high", "_n")} <= set(table.columns)
+    for judge, found in (("outcome", [0.5, 0.5, 0.5, 0.5, 1, 0.5, 0]), ("human", [0.5, 1, 0, 0, 0, None, 0.5])):
+        mine = metrics[judge]["mine.jsonl"]
+        assert all(mine[k]["mean"] == x for k, x in zip(shares[1:], found) if x is not None), (judge, mine)
+        assert mine["critique_chars"] == {"mean": 26, "low": 26, "high": 26, "n": 16} and mine["partial"] is False
+    silent = metrics["silent"]["llmbar"]
+    assert silent["official"] == silent["accuracy"] == {"mean": None, "low": None, "high": None, "n": 0} and silent["missing"] > 0
+    # eight contests do not hold llmbar's five subsets: said wherever its figure stands
+    assert table.partial["outcome", "llmbar"] and metrics["lacks"]["llmbar"]["models"] and not metrics["lacks"]["judgebench"]["models"]
+    assert metrics["paired"]["human"]["all"]["partial"] == "llmbar" and metrics["paired"]["human"]["mine.jsonl"]["partial"] is False
+    assert metrics["paired"]["human"]["all"]["n"] == sum(metrics["human"][b]["accuracy"]["n"] for b in ("llmbar", "judgebench", "mine.jsonl"))
+    assert "llmbar (partial)" in titles and "judgebench" in titles
+    assert "mine.jsonl: 9 rows; left out: 1 (tie or unknown label)" in capsys.readouterr().out
+    # what the report reads
+    kept = sorted(str(f.relative_to("results/judgements")) for f in Path("results/judgements").rglob("*.jsonl"))
+    assert kept == ["06/online.jsonl", "human.jsonl", "outcome.jsonl", "silent.jsonl"]
+    run = report.collect("results")
+    assert {r["id"] for r in run.judgements["human"]} <= set(run.pairs) and len(run.judgements["human"]) > 40

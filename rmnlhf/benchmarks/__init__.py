@@ -90,7 +90,7 @@ def interval(name: str, rows: list, verdicts_ab, verdicts_ba=None, n: int = 2000
 
     `stats.interval` of the rows' own figures where the official one is their mean. A mean over subsets gives it jackknife
     pseudo-values instead, C·(figure of all C groups) − (C−1)·(figure without this one): drawing the rows themselves would empty
-    small subsets. One group: (figure, nan, nan)."""
+    small subsets. One group: (figure, nan, nan); none: three NaN."""
     bench, by_group = get(name), {}
     for row, cs in zip(rows, bench.cases(rows, verdicts_ab, verdicts_ba)):
         if cs:
@@ -101,6 +101,8 @@ def interval(name: str, rows: list, verdicts_ab, verdicts_ba=None, n: int = 2000
     def figures(parts):
         return bench.official([r for g in parts for _, r, _ in g], [cs for g in parts for *_, cs in g], bench.subset)
 
+    if not groups:
+        return np.nan, np.nan, np.nan
     found, c = figures(groups), len(groups)
     if bench.mean_of_subsets and c > 1:
         values = [c * found["accuracy"] - (c - 1) * figures(groups[:i] + groups[i + 1 :])["accuracy"] for i in range(c)]
