@@ -217,11 +217,11 @@ def test_sentences_are_encoded_once(monkeypatch):
 def test_many_new_sentences_show_a_bar(monkeypatch):
     import numpy as np
 
-    class Encoder:
-        bars = []
+    bars = []
 
+    class Encoder:
         def encode(self, texts, show_progress_bar, **_):
-            self.bars.append((len(texts), show_progress_bar))
+            bars.append((len(texts), show_progress_bar))
             return np.zeros((len(texts), 384), np.float32)
 
     monkeypatch.setattr(module, "_encoder", Encoder)
@@ -229,9 +229,9 @@ def test_many_new_sentences_show_a_bar(monkeypatch):
     embed(many[:3])
     embed(many)
     embed(["one more of many", *many])
-    assert Encoder.bars == [(3, False), (module.BAR - 3, False), (1, False)]
+    assert bars == [(3, False), (module.BAR - 3, False), (1, False)]
     embed([t + "." for t in many])
-    assert Encoder.bars[-1] == (module.BAR, True)
+    assert bars[-1] == (module.BAR, True)
     module.forget(vectors=True)  # these were no vectors
 
 
