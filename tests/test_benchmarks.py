@@ -426,6 +426,22 @@ def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_engine_and
     assert Scripted.asked == 60
 
 
+def test_one_vllm_judges_prompts_of_any_length(model, monkeypatch, tmp_path):
+    p, lengths = smoke(), []
+
+    class Vllm(Scripted):
+        def generate(self, prompts, *rest):
+            lengths.extend(map(len, prompts))
+            return super().generate(prompts, *rest)
+
+    monkeypatch.setattr(runner, "_engine", lambda model, params: ("vllm", "bfloat16"))
+    monkeypatch.setattr(rollout, "engine", lambda model, tokenizer, params: Vllm(model, tokenizer) if params is p else pytest.fail("another"))
+    pairs = [replace(q, response_a="long " * 300) for q in own_pairs(2)]
+    for limit in (None, 500):  # a second length is no second engine
+        runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path, max_prompt=limit)
+    assert len(lengths) == 8 and min(lengths[:4]) > 1500 and max(lengths[4:]) <= 500
+
+
 def test_vote_says_how_it_went():
     a, b, bad = Judgement("x", "A", None), Judgement("y", "B", None), Judgement(None, None, "no critique block")
     assert runner.vote([bad, b, a, b]) == (1, b, "A:1 B:2 invalid:1")

@@ -51,7 +51,7 @@ def open_judge(name: str, params):
 
 def evaluate(
     judge, tokenizer, pairs: list[PreferencePair], params, out: str | Path | None = None, votes: int = 1,
-    orders: tuple[str, ...] = ORDERS, cache: str | Path = CACHE,
+    orders: tuple[str, ...] = ORDERS, cache: str | Path = CACHE, max_prompt: int | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Judge `pairs` in each of `orders`; one row per pair and order, in the order given.
 
@@ -64,7 +64,7 @@ def evaluate(
 
     votes: 1 decodes greedily; k samples k completions at rollout.temperature and takes the majority of their valid verdicts; an
     even split is no verdict. An endpoint answers once: votes > 1 is a ValueError. out: the rows also go there as JSONL, without
-    seconds."""
+    seconds. max_prompt: a policy's longest prompt in tokens, where it is not policy.max_prompt."""
     if unknown := set(orders) - set(ORDERS):
         raise ValueError(f"orders: {min(unknown)!r}; allowed: {', '.join(ORDERS)}")
     asked = [(pair, order) for pair in pairs for order in orders]
@@ -80,7 +80,7 @@ def evaluate(
     elif callable(judge) and not hasattr(judge, "generate"):
         answers = [_plain(judge(pair.swapped() if order == "ba" else pair)) for pair, order in asked]
     else:
-        answers = _policy(judge, tokenizer, asked, params, votes, Path(cache))
+        answers = _policy(judge, tokenizer, asked, params, votes, Path(cache), max_prompt)
     rows = []
     for (pair, order), answer in zip(asked, answers):
         shown = pair.swapped() if order == "ba" else pair
@@ -172,10 +172,11 @@ def _recorded(path, asked) -> list[dict]:
     return out
 
 
-def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[dict]:
+def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt: int | None = None) -> list[dict]:
     r, p = params.rollout, params.policy
     temperature, top_p, seed = (0.0, 1.0, 0) if votes == 1 else (r.temperature, r.top_p, params.seed)
-    prompts = [grm.encode_prompt(pair, tokenizer, p.max_prompt, swap=order == "ba", think=params.grm.think) for pair, order in asked]
+    longest = max_prompt or p.max_prompt
+    prompts = [grm.encode_prompt(pair, tokenizer, longest, swap=order == "ba", think=params.grm.think) for pair, order in asked]
     name, dtype = _engine(model, params)
     what = json.dumps([name, str(dtype), votes, p.max_completion, temperature, top_p, seed])
     keys = [hashlib.sha256(f"{what}{ids}".encode()).hexdigest() for ids in prompts]
@@ -207,9 +208,6 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path) -> list[di
     return out
 
 
-_vllm: dict = {}  # one engine a process: its start costs more than a benchmark
-
-
 def _engine(model, params) -> tuple:
     """(name, dtype) of the engine that rollout.engine means here, and of its arithmetic: two that round differently answer
     differently."""
@@ -234,9 +232,7 @@ def _generate(model, tokenizer, params) -> Callable:
 
     name, dtype = _engine(model, params)
     if name == "vllm":
-        engine = _vllm.get("engine") or _vllm.setdefault("engine", rollout.VllmEngine(model, tokenizer, params))
-        engine.sync(model)
-        return engine.generate
+        return rollout.engine(model, tokenizer, params).generate  # the process's one vLLM, which training uses too
     return rollout.TransformersEngine(model, tokenizer, dtype).generate
 
 
