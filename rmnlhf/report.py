@@ -95,7 +95,7 @@ def collect(results: str | Path = "results") -> Run:
         run.source = s.source
         for pair in [p for role in (s.train, s.hidden, s.unseen, *s.evaluation.values()) for p in role]:
             run.pairs[pair.id] = replace(pair, critiques=s.hidden_truth.get(pair.id, pair.critiques))
-    for path in sorted(folder.glob("splits/benchmarks/*.jsonl")):  # what 07 asked, where it is no evaluation pair of the splits
+    for path in sorted(folder.glob("pairs/*.jsonl")):  # what 07 asked, where it is no evaluation pair of the splits
         run.pairs |= {p.id: p for p in read_jsonl(path).pairs if p.id not in run.pairs}
     return run
 

@@ -239,7 +239,7 @@ def test_judgements_of_several_notebooks_and_benchmark_texts(tmp_path):
     folder = make_results(tmp_path / "results")
     extra = make_pair(50, "bench")
     write_jsonl(folder / "judgements/06/human.jsonl", [judgement_row(extra, o, "human", "A", 0.7) for o in ("ab", "ba")])
-    write_jsonl(folder / "splits/benchmarks/bench.jsonl", [extra])
+    write_jsonl(folder / "pairs/bench.jsonl", [extra])
     data = report.viewer(report.collect(folder))
     [entry] = [e for e in data["entries"] if e["pair"] == extra.id]
     assert entry["arm"] == "human" and len(entry["shown"]) == 2 and data["pairs"][extra.id]["a"] == extra.response_a
