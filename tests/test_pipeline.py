@@ -129,8 +129,6 @@ def test_a_failing_cell_is_named_a_former_runs_figures_go_and_progress_is_lines(
     """A notebook of its own, in a folder of its own: papermill is real."""
     import nbformat
 
-    from rmnlhf import notebook
-
     (tmp_path / "notebooks").mkdir()
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     nb.cells = [
