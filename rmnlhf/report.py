@@ -428,6 +428,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
             f"{p['grpo']['group']} rollouts. The paper trains 7B and 32B models on 256 × 8 rollouts a step: absolute figures do "
             "not compare, directions may not carry over."
         )
+    out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
     if p.get("grpo") and len(p["grpo"]["seeds"]) == 1:
         out.append("One training seed: intervals cover the choice of evaluation rows, not the luck of a training run.")
     if (p.get("similarity") or {}).get("backend") == "offline":
