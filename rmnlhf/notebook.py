@@ -37,7 +37,7 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
     try:
         papermill.execute_notebook(
             ROOT / "notebooks" / f"{name}.ipynb", executed, {"params_file": params_file}, kernel_name="python3",
-            cwd=str(ROOT), log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
+            cwd=str(ROOT), stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
             extra_arguments=["--log-level=40"],  # errors: the kernel is ours and local
         )  # fmt: skip
     finally:
