@@ -31,6 +31,7 @@ from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
 from .policy import PACKAGED, prepare
 
 log = logging.getLogger(__name__)
+TOKENS = 8192  # of one forward of a sequence regressor: with a 7B base its activations take about 30 GB
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -239,8 +240,8 @@ class Head(nn.Module):
         verdict = torch.tanh(self.stance(x["stance"])) * torch.tanh(self.responses(x["responses"]))
         return self.content(x["content"])[:, 0] + verdict[:, 0]
 
-    def arrange(self, features):
-        return list(range(len(features)))
+    def chunks(self, features) -> list[list[int]]:
+        return [list(range(len(features)))]
 
     def take(self, features, index):
         return features[index]
@@ -303,8 +304,19 @@ class SequenceRegressor(nn.Module):
     def prepare(self, features):
         pass
 
-    def arrange(self, features):
-        return sorted(range(len(features)), key=features.__getitem__)  # texts with a common beginning side by side
+    def chunks(self, features) -> list[list[int]]:
+        """Rows of each forward: texts with a common beginning side by side, at most TOKENS tokens, what they share counted once."""
+        out, room = [], 0
+        for i in sorted(range(len(features)), key=features.__getitem__):
+            ids = features[i]
+            shared = len(os.path.commonprefix([features[out[-1][-1]], ids])) if out and self.packed else 0
+            cost = len(ids) - (shared if 2 * shared >= len(ids) else 0)
+            if cost > room:
+                out.append([])
+                room, cost = TOKENS, len(ids)
+            out[-1].append(i)
+            room -= cost
+        return out
 
     def forward(self, features: list[list[int]]) -> torch.Tensor:
         if self.packed:
@@ -435,12 +447,8 @@ class MetaRM:
     def _step(self, optimizer, features, targets, groups) -> float:
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        size = len(targets) if isinstance(self.model, Head) else 8  # long texts: gradients are accumulated
-        if self.params.ranking:
-            size = len(targets)
-        order = self.model.arrange(features)
-        for k in range(0, len(order), size):
-            index = order[k : k + size]
+        whole = [list(range(len(targets)))]  # a ranking needs all of a group at once; else gradients of long texts are accumulated
+        for index in whole if self.params.ranking else self.model.chunks(features):
             output = self.model(self.model.take(features, index)) + self.offset
             wanted = targets[index].to(output.device)
             loss = ((output - wanted) ** 2).sum() / len(targets)
@@ -463,9 +471,10 @@ class MetaRM:
 
     @torch.no_grad()
     def _predict(self, features) -> np.ndarray:
-        n = len(features)
-        parts = [self.model(self.model.take(features, list(range(k, min(k + 64, n))))) for k in range(0, n, 64)]
-        return torch.cat(parts).cpu().double().numpy() + self.offset
+        out = np.zeros(len(features))
+        for index in self.model.chunks(features):
+            out[index] = self.model(self.model.take(features, index)).cpu().double().numpy()
+        return out + self.offset
 
     def _remember(self, features, targets):
         """Reservoir sampling: the buffer is a fair sample of all rows ever seen, the cold start's too."""

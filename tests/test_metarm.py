@@ -239,7 +239,7 @@ def tiny_decoder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_decoder_base(P, tiny_decoder, tune, tmp_path):
+def test_decoder_base(P, tiny_decoder, tune, tmp_path, monkeypatch):
     policy = P.policy.model_copy(update={"model": str(tiny_decoder), "rank": 4, "dtype": "float32"})
     settings = P.metarm.model_copy(update={"base": "policy", "tune": tune, "lr": 0.01, "max_length": 300, "epochs": 2, "batch": 8})
     rows = judged([make(i) for i in range(8)])
@@ -259,6 +259,12 @@ def test_decoder_base(P, tiny_decoder, tune, tmp_path):
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm() > 0
     one.model.packed = True
     one.model.zero_grad()
+    whole = one.score(group)
+    monkeypatch.setattr(metarm, "TOKENS", 2 * max(map(len, features)))
+    parts = one.model.chunks(features)
+    assert sorted(i for part in parts for i in part) == list(range(len(group))) and 2 < len(parts) < len(group) / 2  # what is shared counts once
+    assert np.allclose(one.score(group), whole, atol=2e-5)
+    monkeypatch.undo()
     assert one.update(rows[:4]) is not None and isinstance(one.buffer, list)
     two = metarm.MetaRM.load(one.save(tmp_path / tune))
     assert np.array_equal(one.score(rows), two.score(rows))
