@@ -73,7 +73,8 @@ def score(name: str, rows: list, verdicts_ab, verdicts_ba=None) -> dict:
 
     Returns, as fractions of 1: `accuracy` (the official headline) and the figures of `scoring.shared`; `official` = the
     headline in the benchmark's own `unit` ("percent" or "fraction"), `subsets` and what else its module states, in that
-    unit; `partial`: False, or what these rows lack of the whole set: the headline is then that of the rest. An invalid verdict is wrong everywhere; a judge that says nothing scores 0. Figures do not depend on the rows' order.
+    unit; `partial`: False, or what these rows lack of the whole set: the headline is then that of the rest. An invalid verdict
+    is wrong everywhere; a judge that says nothing scores 0. Figures do not depend on the rows' order.
     Raises KeyError for an unknown name, ValueError where verdicts do not match the rows."""
     bench = get(name)
     rows = list(rows)
