@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,16 +78,29 @@ def _logps(model, prompts, completions, packs: bool) -> torch.Tensor:
 @torch.no_grad()
 def held_out_loss(model, tokenizer, pairs: list[PreferencePair], params) -> float:
     """`loss` over all targets of these pairs, each in one order (by hash)."""
-    packs, training, size = shared_prefix.prepare(model), model.training, params.cold_start.batch_pairs
+    size = params.cold_start.batch_pairs
     asked = [example(p, bool(fingerprint("held out", p.id) % 2), tokenizer, params) for p in pairs]
     asked.sort(key=lambda e: len(e.prompt))
     total = weight = 0.0
-    model.eval()
-    for part in (asked[i : i + size] for i in range(0, len(asked), size)):
-        w = sum(w / len(e.completions) for e in part for _, ws in e.completions for w in ws)
-        total, weight = total + loss(model, part, packs).item() * w, weight + w
-    model.train(training)
+    with _read_only(model) as packs:
+        for part in (asked[i : i + size] for i in range(0, len(asked), size)):
+            w = sum(w / len(e.completions) for e in part for _, ws in e.completions for w in ws)
+            total, weight = total + loss(model, part, packs).item() * w, weight + w
     return total / weight
+
+
+@contextmanager
+def _read_only(model):
+    """Packed forwards in evaluation mode (yields what `shared_prefix.prepare` says); mode and attention as before afterwards."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, training = base.config._attn_implementation, model.training
+    try:
+        packs = shared_prefix.prepare(model)
+        model.eval()
+        yield packs
+    finally:
+        model.train(training)
+        base.set_attn_implementation(attention)
 
 
 def order(pairs: list[PreferencePair], batch: int, seed: int) -> list[tuple[PreferencePair, bool]]:
@@ -272,16 +286,16 @@ def verify(folder: str | Path) -> Path:
 @torch.no_grad()
 def margins(model, tokenizer, pairs: list[PreferencePair], params) -> np.ndarray:
     """log p("A") − log p("B") at the verdict's token, (pairs, 2): shown as stored, and swapped. No sampling."""
-    packs = shared_prefix.prepare(model)
     sides = [tokenizer.encode(f" {side}", add_special_tokens=False) for side in OTHER]
     asked = [example(replace(p, critiques=[]), swap, tokenizer, params) for p in pairs for swap in (False, True)]
     asked = [(e.prompt, [e.completions[0][0][:-1] + side for side in sides]) for e in asked]
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))  # alike lengths together
     out = np.zeros(len(asked))
-    for start in tqdm(range(0, len(order), 8), desc="verdict margins", disable=len(pairs) < 32):
-        part = order[start : start + 8]
-        found = _logps(model, [asked[i][0] for i in part], [asked[i][1] for i in part], packs).float()
-        last = np.cumsum([len(c) for i in part for c in asked[i][1]]) - 1  # the verdict's token
-        a, b = found[last].reshape(-1, 2).T.cpu().numpy()
-        out[part] = a - b
+    with _read_only(model) as packs:
+        for start in tqdm(range(0, len(order), 8), desc="verdict margins", disable=len(pairs) < 32):
+            part = order[start : start + 8]
+            found = _logps(model, [asked[i][0] for i in part], [asked[i][1] for i in part], packs).float()
+            last = np.cumsum([len(c) for i in part for c in asked[i][1]]) - 1  # the verdict's token
+            a, b = found[last].reshape(-1, 2).T.cpu().numpy()
+            out[part] = a - b
     return out.reshape(-1, 2)

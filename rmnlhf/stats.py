@@ -6,6 +6,10 @@ value: left out. Nothing depends on the order of the rows.
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 from scipy import stats
 
@@ -91,3 +95,22 @@ def holm(pvalues) -> np.ndarray:
     order = tested[np.argsort(p[tested], kind="stable")]
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
+
+
+def save(name: str, metrics: dict, folder: str | Path = "results/metrics") -> Path:
+    """Write a notebook's figures to <folder>/<name>.json, by rename; returns the path. A figure that is not finite is null."""
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(_plain(metrics), ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
