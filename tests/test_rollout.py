@@ -136,6 +136,52 @@ def test_half_precision_stays_near_the_trainer(tokenizer):
     assert torch.cat(off).mean() < 0.06
 
 
+@pytest.mark.parametrize("fused", [("cpu",), ()])
+def test_prompt_and_own_keys_share_one_softmax(monkeypatch, fused):
+    monkeypatch.setattr(rollout, "FUSED", fused)
+    torch.manual_seed(0)
+    lengths, n, h, rep, d, own = [7, 4], 3, 2, 3, 8, 5
+    kv = rollout._Shared(torch.tensor(lengths), n)
+    kv.keep(torch.tensor([0, 1, 3, 4, 5]))  # one row is done: a slot is empty
+    of = [0, 0, 1, 1, 1]
+    prompts = [torch.randn(2, h, p, d) for p in lengths]  # keys, values
+    mine = torch.randn(len(of), 2, h, own, d)
+    kv.prompt = [[torch.zeros(2 * h, 7, d) for _ in "kv"]]
+    for g, x in enumerate(prompts):
+        for kept, y in zip(kv.prompt[0], x):
+            kept[g * h : (g + 1) * h, : lengths[g]] = y
+    junk = torch.full((len(of) * h, 3, d), 9.0)  # room for tokens to come
+    kv.own, kv.tokens = [[torch.cat([mine[:, i].flatten(0, 1), junk], 1) for i in (0, 1)]], own - 1
+    query = torch.randn(len(of), h * rep, 1, d)
+    got = kv.attend(query, 0, 0.3)
+    for r, g in enumerate(of):
+        keys, values = (torch.cat([prompts[g][i], mine[r, i]], 1).repeat_interleave(rep, 0) for i in (0, 1))
+        expected = (query[r] @ keys.transpose(1, 2) * 0.3).softmax(-1) @ values
+        torch.testing.assert_close(got[r, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 instructions: weights are not laid out for them")
+def test_weights_laid_out_for_the_matrix_unit_follow_the_adapter(tokenizer):
+    model = tiny.model(lora=True)
+    engine = rollout.TransformersEngine(model, tokenizer, torch.bfloat16)
+    assert len(engine.packed) == sum(type(m) is torch.nn.Linear for m in tiny.model().modules())
+    for scale in (0.0, 0.5):
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * scale
+        engine.sync(model)
+        for name, weight in rollout.merged_weights(model):
+            if name in engine.packed:
+                x = torch.randn(5, weight.shape[1]).bfloat16()
+                torch.testing.assert_close(engine.packed[name](x), torch.nn.functional.linear(x, weight.bfloat16()), atol=1e-6, rtol=0.01)
+
+
+def test_a_draw_at_the_very_end_is_a_possible_token():
+    logits = torch.tensor([[2.0, 1.0, -300.0, -300.0]])
+    token, logprob = rollout._sample(logits, torch.tensor([1 - 1e-12], dtype=torch.float64), 1.0, 1.0)
+    assert token.item() == 1 and logprob.item() == pytest.approx(logits.log_softmax(-1)[0, 1].item(), abs=1e-6)
+
+
 def test_what_cannot_be_completed_is_named(model, tokenizer):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         draw(model, tokenizer, [[5], []])
