@@ -43,7 +43,7 @@ def one_engine(args) -> dict:
     prompts = torch.randint(10, 49000, (4, args.prompt), generator=generator).tolist()
     start = time.perf_counter()
     engine = rollout.engine(model, tokenizer, settings)
-    found = {"start": round(time.perf_counter() - start, 2), "rates": [], "sync": []}
+    found = {"start": round(time.perf_counter() - start, 2), "rates": [], "sync": [], "step": []}
     for i in range(args.repeats + 1):
         start = time.perf_counter()
         engine.sync(model)
@@ -53,6 +53,7 @@ def one_engine(args) -> dict:
         if i:
             found["rates"].append(sum(len(c.ids) for g in done for c in g) / spent)
             found["sync"].append(synchronised - start)
+            found["step"].append(synchronised - start + spent)
     return found
 
 
@@ -71,9 +72,12 @@ def both_engines(args):
     for engine, runs in found.items():
         result[engine] = {
             "tokens_per_second": spread([x for r in runs for x in r["rates"]]), "sync_seconds": spread([x for r in runs for x in r["sync"]]),
+            "step_seconds": spread([x for r in runs for x in r["step"]]),  # both: what a GRPO step waits for
             "start_seconds": spread([r["start"] for r in runs]),
         }  # fmt: skip
-    result["transformers_over_vllm"] = round(result["transformers"]["tokens_per_second"]["median"] / result["vllm"]["tokens_per_second"]["median"], 3)
+    result["vllm_over_transformers"] = {
+        "step_seconds": round(result["vllm"]["step_seconds"]["median"] / result["transformers"]["step_seconds"]["median"], 3)
+    }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
