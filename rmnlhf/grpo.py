@@ -216,6 +216,7 @@ class Trainer(GRPOTrainer):
         done = self.engine.generate(first, g, self.max_completion_length, self.temperature, r.top_p, seed, r.batch)
         flat = [c for group in done for c in group]
         self.seconds["rollout"] = time.perf_counter() - start
+        self.engine_logps = [torch.tensor(c.logprobs or [torch.nan]) for c in flat]
         end = self._tokenizer.eos_token_id
         # an empty completion becomes its end token: something must carry its reward
         return [c.ids or [end] for c in flat], [c.logprobs or [0.0] for c in flat]
@@ -232,6 +233,8 @@ class Trainer(GRPOTrainer):
         advantages_P_G = advantages(rewards_P_G)
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         out["advantages"] = advantages_P_G.flatten()[mine]
+        engine = torch.nn.utils.rnn.pad_sequence(self.engine_logps, batch_first=True, padding_value=torch.nan)
+        out["engine_logps"] = engine.to(out["completion_mask"].device)
         out["completion_mask"] = out["completion_mask"] * rewards_P_G.isfinite().flatten()[mine, None]  # no reward: no gradient
         degenerate = (advantages_P_G == 0).all(-1)
         self._metrics["train"]["degenerate_groups"].append(degenerate.float().mean().item())
@@ -249,6 +252,7 @@ class Trainer(GRPOTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         start, total = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
+        self.engine_gap = []
         try:
             for rows in self.packs(inputs):
                 part = {k: v[rows] if torch.is_tensor(v) and v.ndim and len(v) == len(inputs["advantages"]) else v for k, v in inputs.items()}
@@ -264,6 +268,8 @@ class Trainer(GRPOTrainer):
                     "trades a third more time for most of the memory"
                 ) from e
             raise
+        if self.engine_gap:
+            self._metrics["train"]["engine_gap"].append(torch.cat(self.engine_gap).mean().item())
         self._exchange(model)
         self.seconds["update"] = time.perf_counter() - start
         self._step += 1
@@ -308,7 +314,11 @@ class Trainer(GRPOTrainer):
                 base = self.accelerator.unwrap_model(model)
                 with torch.no_grad(), base.disable_adapter() if hasattr(base, "disable_adapter") else nullcontext():
                     part["ref_per_token_logps"] = self._get_per_token_logps_and_entropies(model, ids, mask, part["completion_ids"].shape[1])[0]
-            return self._compute_loss(model, part)
+            loss = self._compute_loss(model, part)
+            if "engine_logps" in part:  # the forward of the loss was the last one
+                off = (self.logps - part["engine_logps"]).abs()[part["completion_mask"].bool()]
+                self.engine_gap.append(off[off.isfinite()])
+            return loss
         finally:
             self.beta = 0.0
             del self.accelerator.gather, self.accelerator.reduce
@@ -317,7 +327,9 @@ class Trainer(GRPOTrainer):
         """(B, T) log-probabilities and entropies, as trl's; rows that follow each other with one prompt share its encoding."""
         if not self.packed:
             with policy.mixed_precision(self.accelerator.unwrap_model(model)):
-                return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+                found = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self.logps = found[0].detach()
+            return found
         width = input_ids.shape[1] - logits_to_keep
         mask, prompts, members = attention_mask.bool(), [], []
         for ids, seen in zip(input_ids, mask):
@@ -333,7 +345,9 @@ class Trainer(GRPOTrainer):
         found, entropy = shared_prefix.logps(model, p, self.temperature)
         table = found.new_zeros(len(input_ids), logits_to_keep)
         place = (p.row, p.column)  # completions are padded on the right
-        return table.index_put(place, found), table.index_put(place, entropy.to(table.dtype)), None
+        logps = table.index_put(place, found)
+        self.logps = logps.detach()
+        return logps, table.index_put(place, entropy.to(table.dtype)), None
 
     # --- records and checkpoints
     def log(self, logs, start_time=None):
@@ -346,6 +360,7 @@ class Trainer(GRPOTrainer):
         names = {
             "loss": "loss", "grad_norm": "grad_norm", "kl": "kl", "entropy": "entropy", "degenerate_groups": "degenerate_groups",
             "clip_ratio/region_mean": "clip_share", "completions/mean_length": "tokens", "completions/clipped_ratio": "cut_share",
+            "engine_gap": "engine_gap",  # mean |log-probability at rollout - in the update|, nats
         }  # fmt: skip
         row = {"step": step} | {name: _number(logs.get(key)) for key, name in names.items()} | self.reward.figures
         _append(self.run / "metrics.jsonl", [row])

@@ -342,6 +342,8 @@ def test_a_killed_run_goes_on_to_the_same_losses_rewards_and_weights(finished, t
         f.write('{"step": 2, "half a li')
     tiny.train(run)
     assert rows(run) == rows(finished)
+    # the engine's log-probabilities against the trainer's: the resumed process had to bring the weights to the engine by itself
+    assert all(0 <= r["engine_gap"] < 0.06 for r in rows(run))
     assert rows(run, "rollouts.jsonl") == rows(finished, "rollouts.jsonl")
     a, b = weights(run), weights(finished)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -363,7 +365,7 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, t
 def test_records_of_a_run(finished):
     metrics, rollouts = rows(finished), rows(finished, "rollouts.jsonl")
     assert [r["step"] for r in metrics] == [1, 2, 3] and len(rollouts) == 3 * 8
-    wanted = {"loss", "reward", "outcome", "process", "metarm", "metarm_loss", "kl", "clip_share", "degenerate_groups", "tokens", "cut_share",
+    wanted = {"loss", "reward", "outcome", "process", "metarm", "metarm_loss", "kl", "clip_share", "degenerate_groups", "engine_gap", "tokens", "cut_share",
               "format_errors", "masked", "missing"}  # fmt: skip
     assert wanted <= set(metrics[0])
     assert all(m["clip_share"] == 0 for m in metrics)  # strictly on-policy
