@@ -3,7 +3,8 @@
     python bench/grpo_step.py [--prompts 2 --group 8 --tokens 64 --repeats 5 --out bench/results/grpo_step.json]
 
 Both sides: the 135M policy in the cpu profile's dtype with the same LoRA, the same prompts, KL on, the same reward (a hash of the text,
-so that every group has a signal). Rollouts end where the policy ends them; tokens are told for each side.
+so that every group has a signal). Rollouts end where the policy ends them; tokens are told for each side. Three steps before those
+that count: the first ones of a process touch its memory for the first time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from rmnlhf import grm, grpo, params, policy, rollout
 from rmnlhf.pairs import PreferencePair, fingerprint
 
 
+WARM = 3
+
+
 def spread(values) -> dict:
     return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
@@ -53,7 +57,7 @@ class Hashed(grpo.RewardFunction):
 
 
 def run(kind: str, settings, steps: int):
-    """(seconds of each step after the first, tokens generated in them, prompt tokens)."""
+    """(seconds of each step after the WARM first, tokens generated a step, prompt tokens)."""
     members = pairs(settings.grpo.prompts)
     model, tokenizer = policy.load(settings, trainable=True)
     tokenizer.padding_side = "left"
@@ -83,7 +87,7 @@ def run(kind: str, settings, steps: int):
 
     trainer.add_callback(Clock())
     trainer.train()
-    seconds = [b - a for a, b in itertools.pairwise(ends)]
+    seconds = [b - a for a, b in itertools.pairwise(ends)][WARM - 1 :]
     generated = trainer.state.num_input_tokens_seen - sum(len(i) for i in ids.values()) * settings.grpo.group * steps
     return seconds, generated / steps, sum(len(i) for i in ids.values())
 
@@ -96,10 +100,10 @@ def main():
     ap.add_argument("--repeats", type=int, default=5)
     ap.add_argument("--out", type=Path, default=Path("bench/results/grpo_step.json"))
     a = ap.parse_args()
-    overrides = [f"grpo.prompts={a.prompts}", f"grpo.group={a.group}", f"policy.max_completion={a.tokens}", f"grpo.steps={a.repeats + 1}"]
+    overrides = [f"grpo.prompts={a.prompts}", f"grpo.group={a.group}", f"policy.max_completion={a.tokens}", f"grpo.steps={a.repeats + WARM}"]
     settings = params.load(profile="cpu", overrides=overrides)
-    ours, our_tokens, prompt = run("ours", settings, a.repeats + 1)
-    theirs, their_tokens, _ = run("trl", settings, a.repeats + 1)
+    ours, our_tokens, prompt = run("ours", settings, a.repeats + WARM)
+    theirs, their_tokens, _ = run("trl", settings, a.repeats + WARM)
     result = {
         "bench": "grpo_step", "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": settings.policy.dtype,
         "model": "smollm2-135m", "prompts": a.prompts, "group": a.group, "prompt_tokens": prompt, "max_tokens": a.tokens,

@@ -25,6 +25,8 @@ from . import policy
 
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_packed"
+FUSED = "rmnlhf_fused_head"  # set on a model whose head is a plain product
+ELEMENTS = (2**22, 2**26)  # of the head's logits in one chunk: what a CPU's cache holds; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,56 @@ def attention(kind: str, p: Packed) -> dict:
 def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each of the M tokens under softmax(logits / temperature), and the entropy there (no gradient).
 
-    The head runs at the M places alone: a prompt has no logits."""
+    The head runs at the M places alone: a prompt has no logits. Where `prepare` found it plain and it is frozen, it runs by
+    chunks and its (M, vocabulary) logits are never held: see `_Head`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = attention(model.config._attn_implementation, p)
     with policy.mixed_precision(model):
-        out = model(**attention(model.config._attn_implementation, p), logits_to_keep=p.at)
-    logits = out.logits
+        if getattr(base, FUSED, False) and not base.get_output_embeddings().weight.requires_grad:
+            hidden = getattr(base, base.base_model_prefix)(**inputs).last_hidden_state[0, p.at]
+            return _Head.apply(hidden.to(base.dtype), base.get_output_embeddings().weight, p.labels, temperature)
+        logits = model(**inputs, logits_to_keep=p.at).logits
     found, entropy = selective_log_softmax_and_entropy(
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
     )
     return found[0], entropy[0]
+
+
+class _Head(torch.autograd.Function):
+    """Hidden states (M, D), frozen head (V, D), labels (M,) → log-probabilities and entropies (M,) in float32.
+
+    A token's log-probability has the gradient (W_y - Σ_v p_v W_v)/T with respect to its hidden state, whatever the loss makes of
+    it: it is formed in the forward, chunk by chunk, and (M, D) is all that waits for the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature):
+        wanted, m, new = ctx.needs_input_grad[0], len(labels), hidden.new_empty
+        logps, entropy = new(m, dtype=torch.float32), new(m, dtype=torch.float32)
+        slope = torch.empty_like(hidden) if wanted else None
+        size = min(m, max(16, ELEMENTS[hidden.device.type == "cuda"] // len(weight)))
+        shape = (size, len(weight))  # of what all chunks are written into: new pages for each would cost more than the arithmetic
+        logits, lp, probs = new(shape, dtype=weight.dtype), new(shape, dtype=torch.float32), new(shape, dtype=torch.float32)
+        for part in (slice(i, min(i + size, m)) for i in range(0, m, size)):
+            n, y = part.stop - part.start, labels[part, None]
+            z, f, q = logits[:n], lp[:n], probs[:n]
+            torch.mm(hidden[part], weight.t(), out=z)
+            torch.log_softmax(q.copy_(z).div_(temperature), -1, out=f)
+            logps[part] = f.gather(-1, y)[:, 0]
+            torch.exp(f, out=q)
+            entropy[part] = -torch.linalg.vecdot(q, f)
+            if wanted:
+                q.scatter_add_(-1, y, q.new_full((), -1.0).expand(y.shape))  # in float32: a sure token's 1 - p is small
+                torch.mm(z.copy_(q), weight, out=slope[part])
+        if wanted:
+            slope.div_(-temperature)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
 
 def scores(model, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -202,9 +246,22 @@ def unpacked(model, prompts, completions) -> torch.Tensor:
     return torch.cat([logps(model, pack([p], [[c]], model.device))[0] for p, members in zip(prompts, completions, strict=True) for c in members])
 
 
+@torch.no_grad()
+def _try_fused(model, base, p: Packed, plain: torch.Tensor):
+    """Set FUSED where the head by chunks gives the log-probabilities of the model's own forward (no cap, no scale, no adapter on it)."""
+    head = base.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad and not hasattr(base, FUSED):
+        setattr(base, FUSED, True)
+        try:
+            off = (logps(model, p)[0].float() - plain.float()).abs().max().item()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as e:
+            off, _ = float("inf"), log.info("head by chunks not used for %s: %s", type(base).__name__, e)
+        setattr(base, FUSED, off < 0.2)
+
+
 def prepare(model) -> bool:
     """Choose the attention for this device and try it: whether packed and padded log-probabilities (of a sequence classifier:
-    outputs) agree on a few tokens.
+    outputs) agree on a few tokens. The head by chunks is tried too, and left out without a word where it is no plain product.
 
     Models whose attention cannot take the mask (sliding windows, linear attention, own kernels) return False, with a message;
     they are trained padded, as trl does it."""
@@ -227,6 +284,8 @@ def prepare(model) -> bool:
                 after = out[len(prompt) - 1 : -1].float().log_softmax(-1) if not classifier else None
                 alone.append(out if classifier else after.gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
         off = (packed.float() - torch.cat(alone)).abs()
+        if not classifier:
+            _try_fused(model, base, pack([prompt], [members], model.device), packed)
         exact = base.dtype == torch.float32  # in bf16 one token of two right forwards may differ by 0.6: there the mean counts
         off = (off.max() if exact else off.mean()).item()
         if not off < (1e-3 if exact else 0.3):

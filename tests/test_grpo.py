@@ -138,6 +138,45 @@ def test_a_pack_is_what_its_parts_are_alone(tokenizer):
     assert shared_prefix.prepare(model)
 
 
+@pytest.mark.parametrize("elements", [1, 20 * 49152, 2**26])
+def test_the_head_by_chunks_is_the_models_own(monkeypatch, elements):
+    monkeypatch.setattr(shared_prefix, "ELEMENTS", (elements, elements))
+    model = tiny.model(lora=True).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    assert shared_prefix.prepare(model) and getattr(model.get_base_model(), shared_prefix.FUSED)
+    groups = LAYOUTS["groups of unequal lengths"]
+    p = shared_prefix.pack([g[0] for g in groups] * 4, [g[1] for g in groups] * 4)
+    found = {}
+    for fused in (True, False):
+        setattr(model.get_base_model(), shared_prefix.FUSED, fused)
+        model.zero_grad()
+        logps, entropy = shared_prefix.logps(model, p, 0.7)
+        assert not entropy.requires_grad
+        (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+        found[fused] = logps.detach(), entropy.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    for a, b in zip(found[True], found[False]):
+        assert (a - b).norm() <= 1e-5 * b.norm() and b.norm() > 0
+
+
+def test_a_head_that_is_no_plain_product_stays_the_models_own():
+    class Scaled(type(tiny.model())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 3 * out.logits
+            return out
+
+    p = shared_prefix.pack([[5, 6]], [[[7, 8]]])
+    for kind, fused in ((Scaled, False), (type(tiny.model()), True)):
+        model = kind(tiny.model().config).requires_grad_(False)
+        torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+        assert shared_prefix.prepare(model) and getattr(model, shared_prefix.FUSED) is fused
+    model.requires_grad_(True)  # every weight trains: the head too
+    shared_prefix.logps(model, p)[0].sum().backward()
+    assert model.get_output_embeddings().weight.grad is not None
+
+
 def test_attention_that_cannot_take_the_pack_falls_back_with_a_message(caplog):
     from transformers import MistralConfig, MistralForCausalLM
 
