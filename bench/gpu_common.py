@@ -219,6 +219,8 @@ def memory(size: str, params, card: float) -> dict:
     """GB (10^9 bytes) on a card of `card` GB, for one process that trains arm `online`: README's formula (section GPU), nothing measured.
 
     size: a key of SIZES, whose embeddings and head are not tied; LoRA on all linear layers"""
+    from rmnlhf.shared_prefix import ELEMENTS
+
     shape, p, g = SIZES[size], params.policy, params.grpo
     v, h, m, layers = (shape[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"))
     kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -229,7 +231,7 @@ def memory(size: str, params, card: float) -> dict:
     cached = params.rollout.batch * (p.max_prompt / g.group + p.max_completion)
     gb = {
         "weights": (9 / 16 if p.load_in_4bit else 2) * body + 2 * 2 * v * h, "adapter": 16 * lora, "activations": 2 * layers * h * pack,
-        "logits": 8 * v * said, "rollouts": 2 * 2 * layers * kv * cached if p.load_in_4bit else params.rollout.gpu_memory * card * 1e9,
+        "logits": 10 * ELEMENTS[1] + 2 * h * said, "rollouts": 2 * 2 * layers * kv * cached if p.load_in_4bit else params.rollout.gpu_memory * card * 1e9,
         "metarm": 2 * 2 * (body + v * h) + (16 + 4) * lora if params.metarm.base == "policy" else 2 * 4 * 22.7e6,
     }  # fmt: skip
     total = gb["weights"] + gb["adapter"] + gb["metarm"] + max(gb["rollouts"], gb["activations"] + gb["logits"])

@@ -7,7 +7,7 @@ call of its own. `batched`: P = 4 prompts × N, what a GRPO step asks for.
 
     python bench/rollout.py --vllm [--prompt 409 --tokens 128 …]
 
-needs vLLM's CPU build (README, benches): P = 4 prompts × N by each engine through `rollout.engine`, with the synchronisation of
+needs vLLM's CPU build (README, Tests and measures): P = 4 prompts × N by each engine through `rollout.engine`, with the synchronisation of
 the weights that comes before them in a step; each engine in a process of its own, by turns.
 """
 

@@ -54,7 +54,7 @@ def test_memory_counts_what_the_model_has():
     assert found["adapter"] * 1e9 == 16 * lora and found["weights"] * 1e9 == pytest.approx(2 * weights)
     longer = params.load(ROOT / "params.yaml", "gpu", ["grpo.token_budget=65536"])
     tokens = 65536 * 8 * 2048 / (4096 + 8 * 2048)
-    assert gpu_common.memory("7b", longer, 80.0)["logits"] == pytest.approx(8 * 152064 * tokens / 1e9)
+    assert gpu_common.memory("7b", longer, 80.0)["logits"] == pytest.approx((10 * 2**26 + 2 * 3584 * tokens) / 1e9)
 
 
 def test_make_gpu_fetches_what_the_profile_reads():
