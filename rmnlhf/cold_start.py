@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import grm, policy, shared_prefix
+from .live import Live
 from .pairs import OTHER, PreferencePair, fingerprint, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -193,11 +194,9 @@ def _record(out: Path, measure, n: int):
     """Callback: the held-out loss of `n` pairs when it is due; metrics.jsonl, TensorBoard and DVCLive at each log.
 
     The rows are the trainer's history, which its checkpoints keep: a resumed run repeats none."""
-    from dvclive import Live
-    from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerCallback
 
-    board, live = SummaryWriter(str(out / "tensorboard")), Live(str(out / "dvclive"), save_dvc_exp=False, dvcyaml=None, report=None, resume=True)
+    live = Live(out)
     names = {"loss": "loss", "learning_rate": "lr", "held_out_loss": "held_out_loss", "held_out_pairs": "held_out_pairs"}
 
     def row(logs):
@@ -216,15 +215,10 @@ def _record(out: Path, measure, n: int):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             write_jsonl(out / "metrics.jsonl", [{"step": r["step"], **row(r)} for r in state.log_history if row(r)])
-            live.step = state.global_step
-            for name, value in row(logs).items():
-                if value is not None and name != "held_out_pairs":
-                    board.add_scalar(name, value, state.global_step)
-                    live.log_metric(name, value)
+            live.log(state.global_step, {k: v for k, v in row(logs).items() if k != "held_out_pairs"})
 
         def on_train_end(self, args, state, control, **kwargs):
-            board.close()
-            live.end()
+            live.close()
 
     return Record()
 

@@ -38,6 +38,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from . import grm, judge, policy, rewards, rollout, shared_prefix
+from .live import Live
 from .pairs import PreferencePair, fingerprint, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -416,13 +417,9 @@ class _Record(TrainerCallback):
     """Progress bar, TensorBoard and DVCLive for each step; MetaRM's drift when it is due."""
 
     def __init__(self, run: Path, title: str, steps: int, drift=None):
-        from dvclive import Live
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.drift, self.trainer = run, drift, None
         self.bar = tqdm(total=steps, desc=title)
-        self.board = SummaryWriter(str(run / "tensorboard"))
-        self.live = Live(str(run / "dvclive"), save_dvc_exp=False, dvcyaml=None, report=None, resume=True)
+        self.live = Live(run)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -432,10 +429,7 @@ class _Record(TrainerCallback):
         if not logs or "loss" not in logs or not rows:
             return
         figures = {k: v for k, v in rows[-1].items() if k != "step" and v is not None}
-        self.live.step = state.global_step
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, state.global_step)
-            self.live.log_metric(name, value)
+        self.live.log(state.global_step, figures)
         self.bar.update(state.global_step - self.bar.n)
         self.bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "correct", "process") if k in figures})
 
@@ -445,8 +439,7 @@ class _Record(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-        self.board.close()
-        self.live.end()
+        self.live.close()
 
 
 def prompts(arm: str, params, splits, seed: int) -> tuple[list[PreferencePair], list[dict]]:

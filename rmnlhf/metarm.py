@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from . import rewards, shared_prefix
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
+from .live import Live
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
 from .policy import PACKAGED, prepare
 
@@ -376,9 +377,11 @@ class MetaRM:
         self.offset = 0.0  # added to every output: the targets' mean, so that the model itself starts near 0
         self.buffer, self.buffer_targets, self.seen = None, torch.zeros(0), 0
 
-    def fit(self, rows: Sequence[dict], extra: Sequence[dict] = (), progress: bool = False, held_out: Sequence[dict] = ()) -> list[dict]:
+    def fit(
+        self, rows: Sequence[dict], extra: Sequence[dict] = (), progress: bool = False, held_out: Sequence[dict] = (), run: str | Path | None = None
+    ) -> list[dict]:  # fmt: skip
         """Train from the start: MSE on the raw output, AdamW, cosine schedule (paper). Returns one dict for each epoch: loss,
-        and held_out (mean squared error) where rows for it are given.
+        and held_out (mean squared error) where rows for it are given. run: a folder for TensorBoard's and DVCLive's logs of them.
 
         extra: rows that are learnt but do not enter the replay buffer (`from_humans`); both together are one training set."""
         rows, extra, held_out = _checked(rows, True), _checked(extra, True), _checked(held_out, True)
@@ -393,7 +396,7 @@ class MetaRM:
         optimizer = torch.optim.AdamW(self._trainable(), lr=p.lr, weight_decay=0.1)
         batches = -(-len(everything) // p.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, p.epochs * batches))
-        history = []
+        history, live = [], Live(run, resume=False) if run else None
         for epoch in range(p.epochs):
             losses = []
             for index in tqdm(self._batches(everything, p.batch), f"MetaRM epoch {epoch + 1}", disable=not progress):
@@ -404,6 +407,10 @@ class MetaRM:
             if held_out:
                 error = self._predict(held) - np.array([r["target"] for r in held_out])
                 history[-1]["held_out"] = float((error**2).mean())
+            if live:
+                live.log(epoch + 1, {k: v for k, v in history[-1].items() if k != "epoch"})
+        if live:
+            live.close()
         if rows and extra:  # `extra` has its own share of right verdicts: the level is the rollouts'
             self.offset -= float((self._predict(self.model.take(features, list(range(len(rows))))) - targets[: len(rows)].numpy()).mean())
         if rows:

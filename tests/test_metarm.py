@@ -238,6 +238,19 @@ def tiny_decoder(tmp_path_factory):
     return folder
 
 
+def test_each_epoch_of_a_fit_can_be_watched(P, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = judged([make(i) for i in range(12)])
+    for _ in range(2):  # the second begins its logs anew
+        history = metarm.MetaRM(P.metarm.model_copy(update={"epochs": 2}), 3).fit(rows, held_out=rows[:4], run=tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "held_out"):
+        lines = (tmp_path / f"dvclive/plots/metrics/{name}.tsv").read_text().splitlines()[1:]
+        for logged in ([e.value for e in board.Scalars(name)], [float(line.split("\t")[1]) for line in lines]):
+            assert logged == pytest.approx([h[name] for h in history], rel=1e-6)
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_decoder_base(P, tiny_decoder, tune, tmp_path, monkeypatch):
     policy = P.policy.model_copy(update={"model": str(tiny_decoder), "rank": 4, "dtype": "float32"})
