@@ -93,6 +93,21 @@ def perfect(name, rows):
     return golds, [FLIP.get(g, g) for g in golds]
 
 
+@pytest.mark.parametrize(("name", "split", "other"), [("rewardbench", "filtered", "raw"), ("rewardbench2", "test", "train")])
+def test_hub_files_are_read_as_they_lie_there(tmp_path, name, split, other):
+    with pytest.raises(FileNotFoundError, match=f"rmnlhf.sources {name}"):
+        benchmarks.load(name, tmp_path)
+    rows, folder = rows_of(name), tmp_path / name / "data"
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows[:3]).to_parquet(folder / f"{split}-00000-of-00002.parquet")
+    pd.DataFrame(rows[3:]).to_parquet(folder / f"{split}-00001-of-00002.parquet")
+    pd.DataFrame(rows[:1]).to_parquet(folder / f"{other}-00000-of-00001.parquet")
+    (tmp_path / name / "FETCHED.json").write_text("{}")
+    assert benchmarks.load(name, tmp_path) == rows
+    said = perfect(name, rows)
+    assert benchmarks.score(name, benchmarks.load(name, tmp_path), *said) == benchmarks.score(name, rows, *said)
+
+
 @pytest.mark.parametrize("name", benchmarks.names())
 def test_always_a_empty_and_perfect_judges(name):
     rows = rows_of(name)
