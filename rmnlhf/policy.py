@@ -47,7 +47,8 @@ def prepare(name: str) -> Path:
     module, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the weights {name!r} come with the package {package}, which is not installed: run `make setup`")
+        raise FileNotFoundError(f"the weights {name!r} come with the package {package}, which is not installed: run `make setup`, or in an environment of "
+                                "your own `make weights`")  # fmt: skip
     folder = Path(spec.submodule_search_locations[0])
     if name == "minilm":
         return folder / "model"
