@@ -89,10 +89,11 @@ def main():
     ap.add_argument("--tokens", type=int, default=64)
     ap.add_argument("--group", type=int, default=8)
     ap.add_argument("--repeats", type=int, default=5)
-    ap.add_argument("--out", type=Path, default=Path("bench/results/rollout.json"))
+    ap.add_argument("--out", type=Path, help="default: bench/results/rollout.json, with --vllm rollout_engines.json")
     ap.add_argument("--vllm", action="store_true", help="our engine beside vLLM's CPU build instead")
     ap.add_argument("--engine", help=argparse.SUPPRESS)  # of a child of --vllm
     args = ap.parse_args()
+    args.out = args.out or Path("bench/results") / ("rollout_engines.json" if args.vllm else "rollout.json")
     if args.engine:
         return print(json.dumps(one_engine(args)))
     if args.vllm:

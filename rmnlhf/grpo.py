@@ -217,7 +217,8 @@ class Trainer(GRPOTrainer):
         done = self.engine.generate(first, g, self.max_completion_length, self.temperature, r.top_p, seed, r.batch)
         flat = [c for group in done for c in group]
         self.seconds["rollout"] = time.perf_counter() - start
-        self.engine_logps = [torch.tensor(c.logprobs or [torch.nan]) for c in flat]
+        nan = torch.nan  # an empty completion; a server's log-probability that was not finite
+        self.engine_logps = [torch.tensor([nan if x is None else x for x in c.logprobs] or [nan]) for c in flat]
         end = self._tokenizer.eos_token_id
         # an empty completion becomes its end token: something must carry its reward
         return [c.ids or [end] for c in flat], [c.logprobs or [0.0] for c in flat]
@@ -236,12 +237,19 @@ class Trainer(GRPOTrainer):
         out["advantages"] = advantages_P_G.flatten()[mine]
         engine = torch.nn.utils.rnn.pad_sequence(self.engine_logps, batch_first=True, padding_value=torch.nan)
         out["engine_logps"] = engine.to(out["completion_mask"].device)
+        out["order"] = torch.arange(len(inputs), device=out["completion_mask"].device)
         out["completion_mask"] = out["completion_mask"] * rewards_P_G.isfinite().flatten()[mine, None]  # no reward: no gradient
         degenerate = (advantages_P_G == 0).all(-1)
         self._metrics["train"]["degenerate_groups"].append(degenerate.float().mean().item())
         for row, a in zip(self.reward.rows, advantages_P_G.flatten().tolist(), strict=True):
             row["advantage"] = a
         return out
+
+    def _prepare_inputs(self, generation_batch):
+        """trl's, in the order in which the rows were generated: trl shuffles them, which would tear the groups apart."""
+        inputs = super()._prepare_inputs(generation_batch)
+        back = inputs["order"].argsort()
+        return {k: v[back] if torch.is_tensor(v) and v.ndim and len(v) == len(back) else v for k, v in inputs.items() if k != "order"}
 
     # --- update
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -341,7 +349,7 @@ class Trainer(GRPOTrainer):
             members[-1].append(completion)
         p = shared_prefix.pack(prompts, members, input_ids.device)
         if not len(p.labels):
-            zero = input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32)
+            self.logps = zero = input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32)
             return zero, zero, None
         found, entropy = shared_prefix.logps(model, p, self.temperature)
         table = found.new_zeros(len(input_ids), logits_to_keep)

@@ -1,4 +1,4 @@
-"""What can be watched while something trains: TensorBoard (`tensorboard --logdir results/runs`) and DVCLive (`dvc plots show`)."""
+"""What can be watched while something trains: TensorBoard (`tensorboard --logdir results`) and DVCLive (`dvc plots show`)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +155,7 @@ class TransformersEngine:
                 if name in target:  # a tied head is listed once
                     target[name].copy_(weight)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
         """As `rollout.generate`."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -176,7 +176,8 @@ class TransformersEngine:
         try:
             for start in tqdm(range(0, len(order), size), "rollouts", disable=not progress):
                 part = order[start : start + size]
-                rows = self._decode([prompts[i] for i in part], [uniform[i] for i in part], n, max_new_tokens, temperature, top_p)
+                with torch.inference_mode() if self.copied else nullcontext():  # else it is the model that trains
+                    rows = self._decode([prompts[i] for i in part], [uniform[i] for i in part], n, max_new_tokens, temperature, top_p)
                 for g, i in enumerate(part):
                     out[i] = rows[g * n : (g + 1) * n]
         except (RuntimeError, MemoryError) as e:

@@ -170,11 +170,12 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
     The head runs at the M places alone: a prompt has no logits. Where `prepare` found it plain and it is frozen, it runs by
     chunks and its (M, vocabulary) logits are never held: see `_Head`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = attention(model.config._attn_implementation, p)
-    with policy.mixed_precision(model):
-        if getattr(base, FUSED, False) and not base.get_output_embeddings().weight.requires_grad:
+    inputs, head = attention(model.config._attn_implementation, p), base.get_output_embeddings()
+    if getattr(base, FUSED, False) and type(head) is torch.nn.Linear and not head.weight.requires_grad:
+        with policy.mixed_precision(model):
             hidden = getattr(base, base.base_model_prefix)(**inputs).last_hidden_state[0, p.at]
-            return _Head.apply(hidden.to(base.dtype), base.get_output_embeddings().weight, p.labels, temperature)
+        return _Head.apply(hidden.to(head.weight.dtype), head.weight, p.labels, temperature)
+    with policy.mixed_precision(model):
         logits = model(**inputs, logits_to_keep=p.at).logits
     found, entropy = selective_log_softmax_and_entropy(
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
@@ -193,7 +194,7 @@ class _Head(torch.autograd.Function):
         wanted, m, new = ctx.needs_input_grad[0], len(labels), hidden.new_empty
         logps, entropy = new(m, dtype=torch.float32), new(m, dtype=torch.float32)
         slope = torch.empty_like(hidden) if wanted else None
-        size = min(m, max(16, ELEMENTS[hidden.device.type == "cuda"] // len(weight)))
+        size = min(max(m, 1), max(16, ELEMENTS[hidden.device.type == "cuda"] // len(weight)))
         shape = (size, len(weight))  # of what all chunks are written into: new pages for each would cost more than the arithmetic
         logits, lp, probs = new(shape, dtype=weight.dtype), new(shape, dtype=torch.float32), new(shape, dtype=torch.float32)
         for part in (slice(i, min(i + size, m)) for i in range(0, m, size)):
@@ -250,7 +251,7 @@ def unpacked(model, prompts, completions) -> torch.Tensor:
 def _try_fused(model, base, p: Packed, plain: torch.Tensor):
     """Set FUSED where the head by chunks gives the log-probabilities of the model's own forward (no cap, no scale, no adapter on it)."""
     head = base.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad and not hasattr(base, FUSED):
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         setattr(base, FUSED, True)
         try:
             off = (logps(model, p)[0].float() - plain.float()).abs().max().item()
@@ -271,6 +272,7 @@ def prepare(model) -> bool:
     prompt, members = [t % vocabulary for t in (11, 12, 13, 14)], [[t % vocabulary for t in c] for c in ((21, 22, 23), (31, 32))]
     reason = None
     model.eval()
+    setattr(base, FUSED, False)
     try:
         if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
             raise NotImplementedError("its attention has a sliding window")

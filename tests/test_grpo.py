@@ -175,6 +175,8 @@ def test_a_head_that_is_no_plain_product_stays_the_models_own():
     model.requires_grad_(True)  # every weight trains: the head too
     shared_prefix.logps(model, p)[0].sum().backward()
     assert model.get_output_embeddings().weight.grad is not None
+    frozen = model.requires_grad_(False)
+    assert len(shared_prefix.logps(frozen, shared_prefix.pack([[5, 6]], [[[]]]))[0]) == 0
 
 
 def test_attention_that_cannot_take_the_pack_falls_back_with_a_message(caplog):
@@ -368,6 +370,31 @@ def second(self, *args):
 grpo.Trainer._save_checkpoint = second
 tiny.train({run!r})
 """
+
+
+def test_groups_reach_the_update_whole(tmp_path, monkeypatch):
+    """trl shuffles the rows between rollouts and update."""
+    seen, packs = [], grpo.Trainer.packs
+
+    def spy(self, inputs):
+        found = packs(self, inputs)
+        seen.append((self, inputs, found))
+        return found
+
+    monkeypatch.setattr(grpo.Trainer, "packs", spy)
+    monkeypatch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
+    monkeypatch.setattr(rewards, "process_rewards", tiny.compare_anything)
+    run = tiny.train(tmp_path / "run", **{"grpo.prompts": 3, "grpo.token_budget": 220})
+    assert len(seen) == 3
+    for step, (trainer, inputs, found) in enumerate(seen, 1):
+        recorded = [r["advantage"] for r in rows(run, "rollouts.jsonl") if r["step"] == step]
+        assert inputs["advantages"].tolist() == pytest.approx(recorded)  # in the order of the rollouts
+        for prompt in inputs["prompt_ids"].view(3, 4, -1):
+            assert (prompt == prompt[0]).all()
+        for part in found:
+            ids, mask = inputs["prompt_ids"][part], inputs["prompt_mask"][part].bool()
+            prompts = {tuple(i[m].tolist()) for i, m in zip(ids, mask)}
+            assert sum(map(len, prompts)) + int(inputs["completion_mask"][part].sum()) <= trainer.params.grpo.token_budget or len(prompts) == 1
 
 
 def test_a_killed_run_goes_on_to_the_same_losses_rewards_and_weights(finished, tmp_path):
