@@ -187,7 +187,7 @@ def test_manifest_is_pinned():
             if folder != "helpsteer3_sample":
                 url = fetching._address(folder, f)
                 assert re.match(rf"https://raw\.githubusercontent\.com/[^/]+/[^/]+/{entry['commit']}/\S+$", url)
-    assert all(re.fullmatch(r"[0-9a-f]{40}", h["revision"]) for h in sources.HUB.values() if h["revision"])
+    assert all(re.fullmatch(r"[0-9a-f]{40}", h["revision"]) for h in sources.HUB.values())
 
 
 # --- fetch -------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ PAIRS = {
 }
 # only fetched and located here; rmnlhf.benchmarks and the two `rows` functions read them
 ROWS = ["judgebench", "pandalm", "llmbar", "rm_bench", "rewardbench", "rewardbench2", "math500", "processbench"]
-# hub datasets: fetched on request (they are large). `revision` None = the newest, resolved and recorded when fetched
+# hub datasets: fetched on request (they are large), at these commits
 HUB = {
     "helpsteer3": {
         "id": "nvidia/HelpSteer3", "files": "preference/*", "licence": "CC-BY-4.0",
@@ -40,8 +40,14 @@ HUB = {
         "id": "allenai/tulu-3-pref-personas-instruction-following", "files": "data/*", "licence": "ODC-BY-1.0",
         "revision": "cdf475940025c0434a22dbd0bbed336a746942fe",
     },
-    "rewardbench": {"id": "allenai/reward-bench", "files": "data/filtered*", "licence": "ODC-BY-1.0", "revision": None},
-    "rewardbench2": {"id": "allenai/reward-bench-2", "files": "data/test*", "licence": "ODC-BY-1.0", "revision": None},
+    "rewardbench": {
+        "id": "allenai/reward-bench", "files": "data/filtered*", "licence": "ODC-BY-1.0",
+        "revision": "168d848cdbbea9764fae4a544dc9ca1e6cca4931",
+    },
+    "rewardbench2": {
+        "id": "allenai/reward-bench-2", "files": "data/test*", "licence": "ODC-BY-1.0",
+        "revision": "7ff08853b0d5686e79b13fda8677024f566a104a",
+    },
 }  # fmt: skip
 MODULES = {"helpsteer3_sample": "helpsteer3"}
 

@@ -153,14 +153,14 @@ def _download(url: str, part: Path, size: int, down: set[str], bar) -> None:
 
 
 def _hub(name: str, data_dir: Path) -> None:
-    """Fetch a hub dataset into data/<name>, at its pinned revision; where none is pinned, the newest one, recorded."""
+    """Fetch a hub dataset into data/<name>, at its pinned revision."""
     from huggingface_hub import HfApi, snapshot_download
 
     spec, done = sources.HUB[name], data_dir / name / "FETCHED.json"
     if done.exists():
         return
     try:
-        sha = HfApi().dataset_info(spec["id"], revision=spec["revision"], timeout=CONNECT_SECONDS).sha
+        sha = HfApi().dataset_info(spec["id"], revision=spec["revision"], timeout=CONNECT_SECONDS).sha  # does the hub answer?
         snapshot_download(
             spec["id"], repo_type="dataset", revision=sha, local_dir=data_dir / name, allow_patterns=[spec["files"]]
         )
@@ -170,8 +170,6 @@ def _hub(name: str, data_dir: Path) -> None:
         raise UnreachableError(f"hub dataset {spec['id']}: {type(e).__name__}: {e}") from e
     except Exception as e:  # the hub's client raises its own and its HTTP library's types
         raise UnreachableError(f"hub dataset {spec['id']}: {type(e).__name__}: {e}") from e
-    if spec["revision"] is None:
-        tqdm.write(f"{name}: no revision pinned, took the newest: {sha} (recorded in {done})")
     done.write_text(json.dumps({"id": spec["id"], "revision": sha}) + "\n")
 
 
