@@ -345,3 +345,33 @@ def test_hub_without_network_is_one_clear_error(tmp_path):
     error = fetching.fetch(["tulu3_if"], tmp_path)["tulu3_if"]  # the tests run with the hub switched off
     assert isinstance(error, fetching.UnreachableError) and "allenai/tulu-3-pref-personas-instruction-following" in str(error)
     assert not sources.available("tulu3_if", tmp_path)
+
+
+@pytest.mark.parametrize("name", list(sources.HUB))
+def test_a_hub_dataset_comes_at_its_pinned_commit_or_is_not_marked_as_there(name, tmp_path, monkeypatch):
+    spec, asked = sources.HUB[name], []
+
+    class Api:
+        trouble = None
+
+        def dataset_info(self, repo, revision, timeout):
+            if self.trouble:
+                raise self.trouble
+            asked.append((repo, revision))
+            return type("Info", (), {"sha": revision})
+
+    def snapshot(repo, *, repo_type, revision, local_dir, allow_patterns):
+        asked.append((repo, revision, repo_type, *allow_patterns))
+        local_dir.mkdir(parents=True)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    for trouble, error in ((RuntimeError("offline"), fetching.UnreachableError), (OSError(errno.ENOSPC, "full"), fetching.DiskFullError)):
+        Api.trouble = trouble
+        found = fetching.fetch([name], tmp_path)[name]
+        assert isinstance(found, error) and not asked and not (tmp_path / name / "FETCHED.json").exists()
+    Api.trouble = None
+    assert fetching.fetch([name], tmp_path) == {name: None}
+    assert asked == [(spec["id"], spec["revision"]), (spec["id"], spec["revision"], "dataset", spec["files"])]
+    assert json.loads((tmp_path / name / "FETCHED.json").read_text()) == {"id": spec["id"], "revision": spec["revision"]}
+    assert fetching.fetch([name], tmp_path) == {name: None} and len(asked) == 2
