@@ -159,12 +159,12 @@ class Head(nn.Module):
 
     names = ("stance", "responses", "content")
 
-    def __init__(self, base: Path, max_length: int, seed: int):
+    def __init__(self, base: str | Path, max_length: int, seed: int, revision=None):
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        encoder = AutoModel.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        encoder = AutoModel.from_pretrained(base, revision=revision, dtype=torch.float32).eval().requires_grad_(False)
         layers = next((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), None)
         if layers is None:
             raise ValueError(f"{base}: no list of layers in {type(encoder).__name__}; use metarm.tune lora or full for this base")
@@ -566,11 +566,13 @@ def _regressor(p, seed, policy):
             raise ValueError("metarm.base is 'policy': give MetaRM(params.metarm, seed, policy=params.policy)")
         name, revision = policy.model, policy.revision
         extra = {"dtype": policy.dtype, "rank": policy.rank, "alpha": policy.alpha}
-    else:
+    elif p.base in PACKAGED or Path(p.base).is_dir():
         name = p.base
+    else:
+        name, _, revision = p.base.partition("@")
     base = prepare(name) if name in PACKAGED else name
     if p.tune == "head":
-        return Head(base, p.max_length, seed)
+        return Head(base, p.max_length, seed, revision)
     return SequenceRegressor(base, p.max_length, seed, p.tune, revision, **extra)
 
 

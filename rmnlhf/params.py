@@ -210,6 +210,12 @@ class Params(Section):
                 f"policy.revision: policy.model {self.policy.model!r} is neither packaged ({PACKAGED[0]}) nor a folder, so it comes "
                 "from a hub, where it can change: give the commit"
             )
+        base = self.metarm.base
+        if base != "policy" and base not in PACKAGED and not Path(base).is_dir() and not all(base.partition("@")):
+            raise ValueError(
+                f"metarm.base: {base!r} is neither packaged ({', '.join(PACKAGED)}), 'policy' nor a folder, so it comes from a hub, "
+                "where it can change: give name@commit"
+            )
         if self.cold_start.controlled_share + self.cold_start.mr_ben_share > 1:
             raise ValueError("cold_start.controlled_share + cold_start.mr_ben_share is over 1")
         return self

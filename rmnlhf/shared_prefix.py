@@ -25,7 +25,7 @@ from . import policy
 
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_packed"
-FUSED = "rmnlhf_fused_head"  # set on a model whose head is a plain product
+BY_CHUNKS = "rmnlhf_head_by_chunks"  # set on a model whose head is a plain product
 ELEMENTS = (2**22, 2**26)  # of the head's logits in one chunk: what a CPU's cache holds; what fills a GPU
 
 
@@ -171,7 +171,7 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
     chunks and its (M, vocabulary) logits are never held: see `_Head`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs, head = attention(model.config._attn_implementation, p), base.get_output_embeddings()
-    if getattr(base, FUSED, False) and type(head) is torch.nn.Linear and not head.weight.requires_grad:
+    if getattr(base, BY_CHUNKS, False) and type(head) is torch.nn.Linear and not head.weight.requires_grad:
         with policy.mixed_precision(model):
             hidden = getattr(base, base.base_model_prefix)(**inputs).last_hidden_state[0, p.at]
         return _Head.apply(hidden.to(head.weight.dtype), head.weight, p.labels, temperature)
@@ -248,18 +248,18 @@ def unpacked(model, prompts, completions) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _try_fused(model, base, p: Packed, plain: torch.Tensor):
-    """Set FUSED where the head by chunks gives the log-probabilities of the model's own forward (no cap, no scale, no adapter on it)."""
+def _try_by_chunks(model, base, p: Packed, plain: torch.Tensor):
+    """Set BY_CHUNKS where the head by chunks gives the log-probabilities of the model's own forward (no cap, no scale, no adapter on it)."""
     head = base.get_output_embeddings()
     if model.device.type == "cpu" and base.dtype == torch.float32:
-        return  # where bits are compared: the sums' other order takes the gradient from 6e-6 to 1.4e-5 of trl's
+        return  # as exact against float64, but its sums' order is not trl's: the gradients' distance would double
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        setattr(base, FUSED, True)
+        setattr(base, BY_CHUNKS, True)
         try:
             off = (logps(model, p)[0].float() - plain.float()).abs().max().item()
         except (AttributeError, TypeError, ValueError, RuntimeError) as e:
             off, _ = float("inf"), log.info("head by chunks not used for %s: %s", type(base).__name__, e)
-        setattr(base, FUSED, off < 0.2)
+        setattr(base, BY_CHUNKS, off < 0.2)
 
 
 def prepare(model) -> bool:
@@ -274,7 +274,7 @@ def prepare(model) -> bool:
     prompt, members = [t % vocabulary for t in (11, 12, 13, 14)], [[t % vocabulary for t in c] for c in ((21, 22, 23), (31, 32))]
     reason = None
     model.eval()
-    setattr(base, FUSED, False)
+    setattr(base, BY_CHUNKS, False)
     try:
         if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
             raise NotImplementedError("its attention has a sliding window")
@@ -289,7 +289,7 @@ def prepare(model) -> bool:
                 alone.append(out if classifier else after.gather(-1, torch.tensor(c, device=model.device)[:, None])[:, 0])
         off = (packed.float() - torch.cat(alone)).abs()
         if not classifier:
-            _try_fused(model, base, pack([prompt], [members], model.device), packed)
+            _try_by_chunks(model, base, pack([prompt], [members], model.device), packed)
         exact = base.dtype == torch.float32  # in bf16 one token of two right forwards may differ by 0.6: there the mean counts
         off = (off.max() if exact else off.mean()).item()
         if not off < (1e-3 if exact else 0.3):

@@ -149,13 +149,13 @@ def test_the_head_by_chunks_is_the_models_own(monkeypatch, elements):
     groups = LAYOUTS["groups of unequal lengths"]
     p = shared_prefix.pack([g[0] for g in groups] * 4, [g[1] for g in groups] * 4)
     found = {}
-    for fused in (True, False):
-        setattr(model.get_base_model(), shared_prefix.FUSED, fused)
+    for chunks in (True, False):
+        setattr(model.get_base_model(), shared_prefix.BY_CHUNKS, chunks)
         model.zero_grad()
         logps, entropy = shared_prefix.logps(model, p, 0.7)
         assert not entropy.requires_grad
         (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
-        found[fused] = logps.detach(), entropy.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+        found[chunks] = logps.detach(), entropy.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
     for a, b in zip(found[True], found[False]):
         assert (a - b).norm() <= 1e-5 * b.norm() and b.norm() > 0
 
@@ -168,10 +168,10 @@ def test_a_head_that_is_no_plain_product_stays_the_models_own():
             return out
 
     p = shared_prefix.pack([[5, 6]], [[[7, 8]]])
-    for kind, fused in ((Scaled, False), (type(tiny.model()), True)):
+    for kind, chunks in ((Scaled, False), (type(tiny.model()), True)):
         model = kind(tiny.model().config).bfloat16().requires_grad_(False)
         torch.nn.init.normal_(model.lm_head.weight, std=1.0)
-        assert shared_prefix.prepare(model) and getattr(model, shared_prefix.FUSED) is fused
+        assert shared_prefix.prepare(model) and getattr(model, shared_prefix.BY_CHUNKS) is chunks
     model.requires_grad_(True)  # every weight trains: the head too
     shared_prefix.logps(model, p)[0].sum().backward()
     assert model.get_output_embeddings().weight.grad is not None

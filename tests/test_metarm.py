@@ -300,3 +300,13 @@ def test_rank_interval_and_agreement():
     assert 0.7 < low < mean < high < 0.97
     assert np.isnan(metarm.agreement([0, 1, 1.5], [1, 1, 1])["rho"])
     assert metarm.agreement([0.0, 1.0], [0.5, 1.5]) == pytest.approx({"mae": 0.5, "rho": np.nan, "bias": 0.5}, nan_ok=True)
+
+
+@pytest.mark.parametrize("tune", ["head", "lora"])
+def test_a_hub_base_is_read_at_its_commit(P, tune, monkeypatch):
+    def asked(name, revision=None, **kwargs):
+        raise LookupError(f"{name} at {revision}")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    with pytest.raises(LookupError, match="^someone/encoder at 0123abc$"):
+        metarm.MetaRM(P.metarm.model_copy(update={"base": "someone/encoder@0123abc", "tune": tune}))

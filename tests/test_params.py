@@ -52,6 +52,7 @@ def test_a_profile_lies_over_the_base_and_overrides_over_both(write):
         ("profile=tiny", "profile", "smoke, cpu, long, gpu"),
         ("policy.load_in_4bit=true", "load_in_4bit", "GPU"),
         ("policy.model=someone/model", "policy.revision", "give the commit"),
+        ("metarm.base=someone/encoder", "metarm.base", "name@commit"),
         ("grpo.steps", "grpo.steps", "section.key=value"),
     ],
 )
@@ -92,6 +93,8 @@ def test_a_pinned_hub_model_a_folder_and_a_packaged_name_are_accepted(tmp_path):
     for model, revision in [("someone/model", "0123abc"), (tmp_path, "null"), ("smollm2-135m", "null")]:
         found = params.load(ROOT / "params.yaml", overrides=[f"policy.model={model}", f"policy.revision={revision}"])
         assert found.policy.model == str(model)
+    for base in ("someone/encoder@0123abc", tmp_path, "policy"):
+        assert params.load(ROOT / "params.yaml", overrides=[f"metarm.base={base}"]).metarm.base == str(base)
 
 
 def test_the_resolved_file_loads_as_itself(tmp_path, monkeypatch):
