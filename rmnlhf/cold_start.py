@@ -142,7 +142,7 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
     from trl import SFTConfig, SFTTrainer
 
     c, out = params.cold_start, Path(out)
-    given = verify(c.adapter) if c.adapter else None
+    given = verify(c.adapter, held_out) if c.adapter else None
     recipe = {"params": params.model_dump(include={"policy", "cold_start", "grm", "seed"}), "pairs": fingerprint(*(p.id for p in pairs))}
     done = out / "recipe.json"
     if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(recipe)):
@@ -260,8 +260,9 @@ def _write_adapter(model, folder: Path):
     model.save_pretrained(folder)
 
 
-def verify(folder: str | Path) -> Path:
-    """A shipped adapter's folder, after its files' checksums (SHA256SUMS) were compared.
+def verify(folder: str | Path, held_out: list[PreferencePair] = ()) -> Path:
+    """A shipped adapter's folder, after its files' checksums (SHA256SUMS) were compared, and its training groups (groups.txt: one
+    hash a line) with those of `held_out`, which another `seed` draws.
 
     Raises FileNotFoundError or ValueError naming the file."""
     import hashlib
@@ -274,6 +275,13 @@ def verify(folder: str | Path) -> Path:
         wanted, name = re.split(r"\s+", line.strip(), maxsplit=1)
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
             raise ValueError(f"{folder / name}: sha256 differs from SHA256SUMS: fetch it again (git checkout -- {policy._relative(folder)})")
+    known = set((folder / "groups.txt").read_text().split()) if (folder / "groups.txt").exists() else set()
+    if seen := {p.group for p in held_out if f"{fingerprint('group', p.group):016x}" in known}:
+        raise ValueError(
+            f"{folder} was trained on {len(seen)} of the groups that this run holds out (such as {min(seen)!r}): every figure on unseen "
+            "groups would be wrong. Use the seed that params.yaml came with (grpo.seeds are seeds of the training), or train a cold "
+            "start of your own: cold_start.adapter: null, cold_start.steps: 400"
+        )
     return folder
 
 

@@ -179,6 +179,14 @@ def _everyone(rows: list) -> list:
     return gather_object(rows) if PartialState().num_processes > 1 else rows
 
 
+def trimmed(part: dict) -> dict:
+    """A part of a batch without the columns that are padding in all of its rows: prompts are padded on the left, completions on the right."""
+    p, c = (max(1, int(part[k].sum(1).max())) for k in ("prompt_mask", "completion_mask"))
+    width = part["completion_ids"].shape[1]
+    cut = {k: v[:, -p:] for k, v in part.items() if k in ("prompt_ids", "prompt_mask")}
+    return part | cut | {k: v[:, :c] for k, v in part.items() if k not in cut and torch.is_tensor(v) and v.ndim == 2 and v.shape[1] == width}
+
+
 def _number(x) -> float | None:
     return None if x is None or not math.isfinite(x) else float(x)
 
@@ -213,6 +221,7 @@ class Trainer(GRPOTrainer):
         if any(prompt_ids[i] != first[i // g] for i in range(len(prompt_ids))):
             raise RuntimeError("completions of one prompt do not stand side by side: trl's sampler has changed")
         self.engine.sync(self.accelerator.unwrap_model(self.model))
+        self.accelerator.wait_for_everyone()  # a server has the new weights before anyone asks it
         seed = fingerprint(self.run_seed, self.state.global_step) >> 2  # random numbers belong to a prompt: each process draws others
         done = self.engine.generate(first, g, self.max_completion_length, self.temperature, r.top_p, seed, r.batch)
         flat = [c for group in done for c in group]
@@ -265,7 +274,7 @@ class Trainer(GRPOTrainer):
         try:
             for rows in self.packs(inputs):
                 part = {k: v[rows] if torch.is_tensor(v) and v.ndim and len(v) == len(inputs["advantages"]) else v for k, v in inputs.items()}
-                loss = self.pack_loss(model, part)
+                loss = self.pack_loss(model, part if self.packed else trimmed(part))
                 self.accelerator.backward(loss)
                 total += loss.detach()
         except (RuntimeError, MemoryError) as e:
@@ -302,8 +311,15 @@ class Trainer(GRPOTrainer):
         kept = live[of] & (inputs["completion_mask"].sum(1) > 0)  # a reward at its group's mean still has a KL term
         packs, room, group = [], 0, None
         for i in kept.nonzero()[:, 0].tolist():
+            if not self.packed:  # padded: each row is as wide as the longest prompt and the longest completion beside it
+                rows = [*(packs[-1] if packs else ()), i]
+                wide = (max(prompt[r] for r in rows) + max(lengths[r] for r in rows)) * len(rows)
+                if not packs or wide > self.params.grpo.token_budget:
+                    packs.append([])
+                packs[-1].append(i)
+                continue
             g = i // self.num_generations
-            cost = lengths[i] + (prompt[i] if g != group or not self.packed else 0)
+            cost = lengths[i] + (prompt[i] if g != group else 0)
             if cost > room:
                 packs.append([])
                 room, cost = self.params.grpo.token_budget, lengths[i] + prompt[i]
@@ -509,7 +525,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
 
     state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives this process its device
     seed = params.grpo.seeds[0] if seed is None else seed
-    run = Path(run or Path("results/runs") / (arm if seed == params.grpo.seeds[0] else f"{arm}-{seed}"))
+    run = Path(run or Path("results/runs") / run_name(arm, seed, params))
     if os.environ.get("RMNLHF_LAUNCH") and state.num_processes == 1 and model is None and metarm is None:
         return _launch(arm, params, seed, run)
     splits = splits or splits_.load()
@@ -538,7 +554,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     config = {
         "arm": arm, "seed": seed, "prompts": f"{fingerprint(*map(str, encoded.values())):016x}", "policy_weights": runner.fingerprint(policy_),
         "labels_and_critiques": f"{fingerprint(*map(str, said)):016x}", "metarm_weights": weights,
-        **{k: v for k, v in params.model_dump().items() if k in used},
+        **{k: v for k, v in params.model_dump(exclude={"grpo": {"seeds", "save_every"}}).items() if k in used},
     }  # fmt: skip
     with state.main_process_first():  # the others find what the first has made
         finished = _continue(run, config)
@@ -568,6 +584,16 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         _finish(run, trainer, metarm if arm == "online" else None)
     state.wait_for_everyone()
     return run
+
+
+def run_name(arm: str, seed: int, params) -> str:
+    """The name of a run's folder under results/runs."""
+    return arm if seed == params.grpo.seeds[0] else f"{arm}-{seed}"
+
+
+def runs(params) -> dict[str, list[str]]:
+    """{arm, the cold start among them: the names of its runs, one for each seed}. Other folders are of other parameters."""
+    return {"cold_start": ["cold_start"]} | {arm: [run_name(arm, s, params) for s in params.grpo.seeds] for arm in ARMS}
 
 
 def start(params) -> Path | None:

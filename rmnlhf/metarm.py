@@ -308,9 +308,15 @@ class SequenceRegressor(nn.Module):
     def chunks(self, features) -> list[list[int]]:
         """Rows of each forward: texts with a common beginning side by side, at most TOKENS tokens, what they share counted once."""
         out, room = [], 0
+        if not self.packed:  # padded: each row costs as much as the longest beside it
+            for i in sorted(range(len(features)), key=lambda i: len(features[i])):
+                if not out or len(features[i]) * (len(out[-1]) + 1) > TOKENS:
+                    out.append([])
+                out[-1].append(i)
+            return out
         for i in sorted(range(len(features)), key=features.__getitem__):
             ids = features[i]
-            shared = len(os.path.commonprefix([features[out[-1][-1]], ids])) if out and self.packed else 0
+            shared = len(os.path.commonprefix([features[out[-1][-1]], ids])) if out else 0
             cost = len(ids) - (shared if 2 * shared >= len(ids) else 0)
             if cost > room:
                 out.append([])
@@ -654,7 +660,7 @@ class Drift:
         self.path = Path(run) / "drift.jsonl"
 
     def due(self, step: int) -> bool:
-        return step % self.params.metarm.drift_every == 0
+        return step % self.params.metarm.drift_every == 0 or step == self.params.grpo.steps
 
     def measure(self, step: int, model, tokenizer, online: MetaRM, engine) -> dict:
         """One line {step, n, target, frozen_mae, …}; a warning in the log where the online rank correlation is below drift_alarm, or

@@ -64,7 +64,7 @@ class PreferencePair:
     @property
     def agreeing(self) -> list[HumanCritique]:
         """The critiques of annotators who chose the gold label: what the process reward compares with."""
-        return [c for c in self.critiques if c.label == self.label]
+        return [c for c in self.critiques if c.label == self.label and c.text.strip()]
 
     @property
     def longer(self) -> Label | None:
@@ -95,6 +95,7 @@ class PreferencePair:
             raise ValueError(f"id is {row['id']!r}, expected a text or a number")
         if not isinstance(row.get("meta") or {}, dict):
             raise ValueError(f"meta is {type(row['meta']).__name__}, expected an object")
+        group = row["id"] if row.get("group") in (None, "") else row["group"]
         critiques = []
         if not isinstance(row.get("critiques") or [], list):
             raise ValueError(f"critiques is {type(row['critiques']).__name__}, expected a list")
@@ -107,7 +108,7 @@ class PreferencePair:
                 raise ValueError(f"critiques[{i}].label is {c['label']!r}, allowed: 'A', 'B', null")
             critiques.append(HumanCritique(str(c.get("annotator", i)), c.get("label", row["label"]), c["text"]))
         return cls(
-            str(row["id"]), str(row.get("source") or "own"), str(row.get("group") or row["id"]), row["context"],
+            str(row["id"]), str(row.get("source") or "own"), str(group), row["context"],
             row["response_a"], row["response_b"], row["label"], critiques, row.get("meta") or {},
         )  # fmt: skip
 
@@ -125,7 +126,8 @@ def _swap_meta(value):
         return value
     if value.get("side") not in ("A", "B"):
         return {k: _swap_meta(v) for k, v in value.items()}
-    return {**value, "side": OTHER[value["side"]], "text": swap_sides(value.get("text", ""))}
+    text = {"text": swap_sides(value["text"])} if isinstance(value.get("text"), str) else {}
+    return {**value, "side": OTHER[value["side"]], **text}
 
 
 def fingerprint(*parts) -> int:

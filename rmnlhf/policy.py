@@ -100,7 +100,7 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
 
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=name, revision=p.revision, dtype=dtype, load_in_4bit=p.load_in_4bit,
-            max_seq_length=p.max_prompt + p.max_completion,
+            max_seq_length=p.max_prompt + p.max_completion, use_exact_model_name=True,  # else its mirror of it, without the commit
         )  # fmt: skip
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -121,12 +121,63 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
         from peft import PeftModel
 
         for folder in chain:
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            model = PeftModel.from_pretrained(model, str(folder))
+            if folder == chain[-1] and not trainable:
+                if p.load_in_4bit:
+                    break  # it would be lost in 4 bits: it stays beside them
+                if model.device.type == "cpu":
+                    model = model.float()  # judged as it was trained: nothing of it is rounded
+            model = _merge(model)
     if trainable:
         model = _add_lora(model, params, kind, _relative(adapter) if adapter else p.model)
     elif kind == "unsloth":
         FastLanguageModel.for_inference(model)
     return (model if trainable else model.eval()), tokenizer
+
+
+def merged_weights(model, dtype: torch.dtype | None = None):
+    """Yield (name, weight) of the base model with the active LoRA adapter merged, in `dtype` (default: the base's), `model` unchanged.
+
+    A short run changes most weights by less than half a step of bf16: rounded to the nearest number, almost all of it would be
+    lost. In bf16 the sum is therefore rounded up or down with the probability that keeps its mean (stochastic rounding). The
+    random numbers are the same at each call, and a weight that an adapter leaves as it is stays: equal adapters give equal
+    weights. Raises ValueError for weights in 4 bits: packed, they take no addition."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if getattr(base, "is_quantized", False):
+        raise ValueError("weights in 4 bits cannot be merged for vLLM: set rollout.engine: transformers, or policy.load_in_4bit: false")
+    lora = {k: m for k, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    dtype = dtype or base.dtype
+    generator = torch.Generator(base.device).manual_seed(0)
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, weight = name.removesuffix(".base_layer.weight"), weight.detach()
+        if owner in lora and owner != name:
+            layer = lora[owner]
+            delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
+            yield owner + ".weight", _rounded(weight.float() + delta.detach().float(), dtype, generator)
+        else:
+            yield name.replace(".base_layer.", "."), weight if weight.dtype == dtype else _rounded(weight.float(), dtype, generator)
+
+
+def _rounded(exact, dtype, generator):
+    """float32 → `dtype`; to bf16, its upper half, stochastically: a carry out of the lower half has just the right probability."""
+    if dtype != torch.bfloat16:
+        return exact.to(dtype)
+    noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32, device=exact.device)
+    return (noise.add_(exact.contiguous().view(torch.int32)) & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+@torch.no_grad()
+def _merge(model):
+    """PEFT's merge_and_unload, rounded as `merged_weights` does; weights in 4 bits are PEFT's to merge."""
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        return model.merge_and_unload()
+    own = {name.replace(".base_layer.", "."): weight for name, weight in base.named_parameters()}
+    for name, weight in merged_weights(model):
+        own[name].copy_(weight)
+    return model.unload()
 
 
 def mixed_precision(model):

@@ -89,7 +89,9 @@ def collect(results: str | Path = "results") -> Run:
     each("judgements/**/*.jsonl", _rows, files, lambda p: p)  # several notebooks may judge with one arm
     for path, rows in files.items():
         run.judgements.setdefault(path.stem, []).extend(rows)
+    seeds = [str(s) for s in ((run.params or {}).get("grpo") or {}).get("seeds", [])[1:]]
     each("runs/*/rollouts.jsonl", _rows, run.rollouts, lambda p: p.parent.name)
+    run.rollouts = {k: rows for k, rows in run.rollouts.items() if "-" not in k or k.split("-")[1] in seeds}  # others are of former parameters
     if (folder / "splits" / "splits.json").exists():
         s = splits.load(folder / "splits")
         run.source = s.source
@@ -324,13 +326,13 @@ def viewer(run: Run, limit: int = 2000) -> dict:
             entries.append({"arm": arm, "set": "held-out", "pair": pair_id, "source": source, "shown": shown})
     rank = {i: hashlib.sha256(i.encode()).digest() for i in {e["pair"] for e in entries}}
     entries.sort(key=lambda e: (e["pair"] not in run.pairs, rank[e["pair"]], e["pair"]))  # pairs whose texts are known first
-    training = [
+    training = sorted(((arm, r) for arm, rows in run.rollouts.items() for r in rows), key=lambda t: -(t[1].get("step") or 0))
+    left_out = max(0, len(entries) + len(training) - limit)
+    entries = entries[:limit] + [
         {"arm": arm, "set": "training", "pair": str(r["pair_id"]), "source": r.get("source"), "step": r.get("step"),
          "shown": [_judgement(r, bool(r.get("swap")), run.params)]}
-        for arm, rows in run.rollouts.items() for r in rows
+        for arm, r in training[: max(0, limit - len(entries))]
     ]  # fmt: skip
-    training.sort(key=lambda e: -(e["step"] or 0))
-    entries, left_out = (entries + training)[:limit], max(0, len(entries) + len(training) - limit)
     used = {e["pair"] for e in entries}
     texts = {i: _texts(run.pairs[i]) for i in sorted(used) if i in run.pairs}
     return {"pairs": texts, "entries": entries, "left_out": left_out}
@@ -429,8 +431,10 @@ def limits(run: Run, found: list[dict]) -> list[str]:
             "not compare, directions may not carry over."
         )
     out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
-    if p.get("grpo") and len(p["grpo"]["seeds"]) == 1:
-        out.append("One training seed: intervals cover the choice of evaluation rows, not the luck of a training run.")
+    if p.get("grpo"):
+        n = len(p["grpo"]["seeds"])
+        many = f"{n} training seeds, averaged within a pair" if n > 1 else "One training seed"
+        out.append(f"{many}: intervals cover the choice of evaluation rows, not the luck of a training run.")
     if (p.get("similarity") or {}).get("backend") == "offline":
         out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
     if run.source == "controlled":
@@ -452,7 +456,7 @@ def model_card(params, adapter: str | Path, results: str | Path = "results") -> 
     arm = Path(adapter).resolve().parent.name
     figures = [
         (stage, key, value) for stage in STAGES for key, value in run.metrics.get(stage, {}).items()
-        if arm in key.split(".") and isinstance(value, dict) and value.get("n")
+        if {arm, arm.split("-")[0]} & set(key.split(".")) and isinstance(value, dict) and value.get("n")
     ]  # fmt: skip
     known = {"smollm2": "apache-2.0", "huggingfacetb/smollm2": "apache-2.0", "deepseek-ai/deepseek-r1-distill-qwen": "mit"}
     chain = _chain(adapter) if (Path(adapter) / "adapter_config.json").exists() else []

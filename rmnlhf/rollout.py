@@ -20,6 +20,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
+from .policy import merged_weights
+
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_decode"
 FUSED = ("cpu",)  # devices where one kernel gives attention and its log-sum-exp
@@ -52,7 +54,9 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7,
     room for `max_new_tokens` in the model's context; RuntimeError saying what to lower when memory runs out."""
     engine = _engines.get(model)
     if engine is None or (dtype is not None and engine.dtype != dtype):
-        engine = _engines[model] = TransformersEngine(model, tokenizer, dtype)  # made with the weights of now
+        engine = TransformersEngine(model, tokenizer, dtype)  # made with the weights of now
+        if engine.copied:  # one that is the model itself would keep it alive
+            _engines[model] = engine
     else:
         engine.sync(model)
     return engine.generate(prompts, n, max_new_tokens, temperature, top_p, seed, batch)
@@ -103,30 +107,12 @@ def fast_dtype(model) -> torch.dtype:
     return own
 
 
-def merged_weights(model):
-    """Yield (name, weight) of the base model with the active LoRA adapter merged, without changing `model`.
-
-    Raises ValueError for weights in 4 bits: packed, they take no addition."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    if getattr(base, "is_quantized", False):
-        raise ValueError("weights in 4 bits cannot be merged for vLLM: set rollout.engine: transformers, or policy.load_in_4bit: false")
-    lora = {k: m for k, m in base.named_modules() if hasattr(m, "get_delta_weight")}
-    for name, weight in base.named_parameters():
-        if ".lora_" in name:
-            continue
-        owner = name.removesuffix(".base_layer.weight")
-        if owner in lora and owner != name:
-            layer = lora[owner]
-            delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
-            yield owner + ".weight", weight.detach() + delta.detach()
-        else:
-            yield name.replace(".base_layer.", "."), weight.detach()
-
-
 class TransformersEngine:
     """Batched decoding with shared prompt keys and values. `sync` copies the policy's merged weights in."""
 
     def __init__(self, model, tokenizer, dtype: torch.dtype | None = None):
+        if hasattr(model, "_saved_temp_tokenizer"):  # Unsloth's mark on a model that it loaded
+            raise RuntimeError("Unsloth's models do not fill a Transformers cache: set rollout.engine: vllm, or policy.backend: transformers")
         self.tokenizer, self.dtype = tokenizer, dtype or fast_dtype(model)
         adapter = hasattr(model, "peft_config")
         base = model.get_base_model() if adapter else model
@@ -149,9 +135,9 @@ class TransformersEngine:
         """Take over `model`'s weights, its adapter merged. 0.2 s for 135 M parameters."""
         if self.copied:
             target = dict(self.model.named_parameters())
-            for name, weight in merged_weights(model):
+            for name, weight in merged_weights(model, self.dtype):
                 if name in self.packed:
-                    self.packed[name].pack(weight.to(self.dtype))
+                    self.packed[name].pack(weight)
                 if name in target:  # a tied head is listed once
                     target[name].copy_(weight)
 
@@ -443,8 +429,9 @@ class VllmEngine:
 
         self.tokenizer, self.cpu = tokenizer, not torch.cuda.is_available()
         base = model.get_base_model() if hasattr(model, "peft_config") else model
+        name = base.config._name_or_path
         self.llm = LLM(
-            model=base.config._name_or_path, revision=params.policy.revision, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
+            model=name, revision=params.policy.revision if name == params.policy.model else getattr(base.config, "_commit_hash", None), dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
             max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=params.rollout.gpu_memory,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
@@ -458,7 +445,7 @@ class VllmEngine:
     def sync(self, model):
         """Take over `model`'s weights, its adapter merged."""
         self._wake()
-        weights = ((k, w.to(torch.bfloat16)) for k, w in merged_weights(model))  # one by one: all of them are as large as the model
+        weights = merged_weights(model, torch.bfloat16)  # one by one: all of them are as large as the model
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()
 
@@ -504,12 +491,11 @@ class VllmServer:
             self.client.init_communicator(model.device)
 
     def sync(self, model):
-        """Send `model`'s weights, its adapter merged."""
+        """Send `model`'s weights, its adapter merged. Processes that ask for completions wait for the first one themselves."""
         if self.state.is_main_process:
-            weights = [(k, w.to(torch.bfloat16)) for k, w in merged_weights(model)]
+            weights = list(merged_weights(model, torch.bfloat16))
             self.client.update_named_params([(k, "bfloat16", list(w.shape)) for k, w in weights], iter(weights))
             self.client.reset_prefix_cache()
-        self.state.wait_for_everyone()
 
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
         """As `rollout.generate`."""

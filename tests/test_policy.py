@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from tiny import pairs
@@ -97,6 +98,31 @@ def test_an_export_is_the_same_model_by_itself_and_says_what_it_is(P, ids, tmp_p
     assert sent[0] == ("someone/model",) and {k["repo_id"] for k in sent[1:]} == {"someone/model"}
     root = next(k["folder_path"] for k in sent[1:] if not k.get("path_in_repo"))
     assert {"README.md", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path(root).iterdir()}
+
+
+def test_a_small_adapter_is_not_lost_in_the_rounding_of_merged_weights(ids, tmp_path):
+    """Every change is a fraction of a bf16 step: rounded to the nearest number, hardly anything would be left of it."""
+    model = tiny.model(lora=True).bfloat16()
+    adapter = {n: w.data.float() for n, w in model.named_parameters() if "lora_" in n}
+    for name, weight in model.named_parameters():
+        if name in adapter:
+            weight.data = adapter[name] * (0.002 if "lora_B" in name else 1.0)
+    before = {n.replace(".base_layer.", "."): w.detach().clone() for n, w in model.get_base_model().named_parameters() if "lora_" not in n}
+    exact = dict(policy.merged_weights(model, torch.float32))
+    merged = dict(policy.merged_weights(model))
+    assert merged.keys() == before.keys() and all(torch.equal(merged[n], w) for n, w in policy.merged_weights(model))  # the same at each call
+    change, kept, nearest = (torch.cat([(w[n].float() - before[n].float()).flatten() for n in sorted(before)])
+                             for w in (exact, merged, {n: w.bfloat16() for n, w in exact.items()}))  # fmt: skip
+    assert change.any() and (nearest @ change) / (change @ change) < 0.5
+    assert (kept @ change) / (change @ change) == pytest.approx(1, abs=0.2)
+    assert not kept[change == 0].any()
+    for name in before:  # one step up or down, no further
+        assert (merged[name].float() - exact[name]).abs().max() <= 2**-7 * exact[name].abs().max()
+    model.save_pretrained(tmp_path / "adapter")
+    plain = policy._merge(model)
+    assert not any("lora" in n for n, _ in plain.named_parameters())
+    assert all(torch.equal(w, merged[n]) for n, w in plain.named_parameters())
+
 
 
 def test_a_card_names_no_licence_that_it_does_not_know(P, tmp_path):
