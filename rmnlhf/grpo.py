@@ -40,9 +40,9 @@ from trl import GRPOConfig, GRPOTrainer
 from . import grm, judge, policy, rewards, rollout, shared_prefix
 from .live import Live
 from .pairs import PreferencePair, fingerprint, write_jsonl
+from .params import ARMS, run_name
 
 log = logging.getLogger(__name__)
-ARMS = ("outcome", "human", "offline", "online")
 EPSILON = 1e-6  # beside the group's standard deviation (paper; trl has 1e-4)
 KEPT = 2  # checkpoints
 
@@ -539,7 +539,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         frozen = MetaRM.load("results/runs/metarm", params.metarm) if arm == "online" else None
     reward = RewardFunction(arm, params, pairs, metarm, judge)
     if model is None:
-        policy_, tokenizer = policy.load(params, start(params), trainable=True)
+        policy_, tokenizer = policy.load(params, policy.start(params), trainable=True)
     else:
         policy_, tokenizer = model
     encoded = {}
@@ -584,26 +584,6 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         _finish(run, trainer, metarm if arm == "online" else None)
     state.wait_for_everyone()
     return run
-
-
-def run_name(arm: str, seed: int, params) -> str:
-    """The name of a run's folder under results/runs."""
-    return arm if seed == params.grpo.seeds[0] else f"{arm}-{seed}"
-
-
-def runs(params) -> dict[str, list[str]]:
-    """{arm, the cold start among them: the names of its runs, one for each seed}. Other folders are of other parameters."""
-    return {"cold_start": ["cold_start"]} | {arm: [run_name(arm, s, params) for s in params.grpo.seeds] for arm in ARMS}
-
-
-def start(params) -> Path | None:
-    """The adapter that training starts from: the cold start's, or None where the policy follows the format by itself."""
-    folder = Path("results/runs/cold_start/adapter")
-    if not params.cold_start.enabled:
-        return None
-    if not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{folder}: no cold-start adapter; run 03_cold_start (dvc repro 03_cold_start), or set cold_start.enabled=false")
-    return folder
 
 
 def _continue(run: Path, config: dict) -> bool:

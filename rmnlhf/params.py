@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+ARMS = ("outcome", "human", "offline", "online")
 PACKAGED = ("smollm2-135m", "minilm")  # policy.PACKAGED, without an import of torch
 
 
@@ -76,7 +77,7 @@ class Judge(Section):
 class Policy(Section):
     model: str
     revision: str | None
-    backend: Literal["auto", "unsloth", "transformers"]
+    backend: Literal["transformers", "unsloth"]
     dtype: Literal["float32", "bfloat16"]
     load_in_4bit: bool
     rank: Positive
@@ -223,6 +224,16 @@ class Params(Section):
 
 class ParamsError(ValueError):
     """Parameters that cannot be used; the message names each key's path and what is allowed."""
+
+
+def run_name(arm: str, seed: int, params) -> str:
+    """The name of a run's folder under results/runs."""
+    return arm if seed == params.grpo.seeds[0] else f"{arm}-{seed}"
+
+
+def runs(params) -> dict[str, list[str]]:
+    """{arm, the cold start among them: the names of its runs, one for each seed}. Other folders are of other parameters."""
+    return {"cold_start": ["cold_start"]} | {arm: [run_name(arm, s, params) for s in params.grpo.seeds] for arm in ARMS}
 
 
 def _overlay(base: dict, top: dict, path: str = "") -> dict:

@@ -73,14 +73,10 @@ def prepare(name: str) -> Path:
 
 
 def backend(params) -> str:
-    """ "unsloth" or "transformers": what `policy.backend` means on this machine.
-
-    Raises RuntimeError where Unsloth is asked for and cannot run."""
-    wanted = params.policy.backend
-    can = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
-    if wanted == "unsloth" and not can:
+    """ "unsloth" or "transformers": `policy.backend`. Raises RuntimeError where Unsloth is asked for and cannot run."""
+    if params.policy.backend == "unsloth" and not (torch.cuda.is_available() and importlib.util.find_spec("unsloth")):
         raise RuntimeError("policy.backend is unsloth, which needs a CUDA GPU and `pip install -e .[gpu]`; or set it to transformers")
-    return ("unsloth" if can else "transformers") if wanted == "auto" else wanted
+    return params.policy.backend
 
 
 def load(params, adapter: str | Path | None = None, trainable: bool = False):
@@ -90,7 +86,7 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     as it was loaded: the reference of the KL term. Such an adapter names its parent as its base, and loads it by itself.
     Raises FileNotFoundError for a folder that holds no adapter."""
     p = params.policy
-    kind = backend(params)
+    kind = backend(params) if trainable else "transformers"  # Unsloth's models answer neither a packed forward nor a decoding cache
     chain = _chain(adapter) if adapter else []
     dtype = getattr(torch, p.dtype)
     name = str(prepare(p.model)) if p.model in PACKAGED else p.model
@@ -130,8 +126,6 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
             model = _merge(model)
     if trainable:
         model = _add_lora(model, params, kind, _relative(adapter) if adapter else p.model)
-    elif kind == "unsloth":
-        FastLanguageModel.for_inference(model)
     return (model if trainable else model.eval()), tokenizer
 
 
@@ -178,6 +172,16 @@ def _merge(model):
     for name, weight in merged_weights(model):
         own[name].copy_(weight)
     return model.unload()
+
+
+def start(params) -> Path | None:
+    """The adapter that training starts from: the cold start's, or None where the policy follows the format by itself."""
+    folder = Path("results/runs/cold_start/adapter")
+    if not params.cold_start.enabled:
+        return None
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder}: no cold-start adapter; run 03_cold_start (dvc repro 03_cold_start), or set cold_start.enabled=false")
+    return folder
 
 
 def mixed_precision(model):

@@ -178,7 +178,7 @@ def logps(model, p: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, tor
     with policy.mixed_precision(model):
         logits = model(**inputs, logits_to_keep=p.at).logits
     if logits.shape[1] != len(p.at):
-        raise ValueError(f"{type(base).__name__} gives logits of {logits.shape[1]} places where {len(p.at)} are asked for: no such forward here")
+        logits = logits[:, p.at]  # this model knows no list of places and gives all
     found, entropy = selective_log_softmax_and_entropy(
         logits, p.labels[None], entropy_requires_grad=False, temperature=temperature
     )

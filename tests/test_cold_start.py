@@ -123,6 +123,15 @@ def test_a_changed_adapter_is_refused(tmp_path):
         cold_start.verify(tmp_path)
 
 
+def test_an_adapter_is_not_used_where_its_training_groups_are_held_out(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "groups.txt").write_text(f"{fingerprint('group', pair(1).group):016x}\n")
+    assert cold_start.verify(tmp_path, [pair(2)]) == tmp_path
+    with pytest.raises(ValueError, match="trained on 1 of the groups that this run holds out.*cold_start.steps: 400"):
+        cold_start.verify(tmp_path, [pair(1), pair(2)])
+    assert len((ROOT / "adapters" / "ukpconvarg" / "groups.txt").read_text().split()) == 12
+
+
 def test_the_held_out_loss_is_the_loss_of_all_its_targets_in_whatever_batches(P, tokenizer, tiny):
     pairs = [pair(i, "AB"[i % 2], critiques=i % 3) for i in range(7)]
     examples = [cold_start.example(p, bool(fingerprint("held out", p.id) % 2), tokenizer, P) for p in pairs]

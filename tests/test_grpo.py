@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from rmnlhf import ROOT, grpo, rewards, shared_prefix
+from rmnlhf import ROOT, grpo, params, policy, rewards, shared_prefix
 from rmnlhf.pairs import PreferencePair, fingerprint
 from rmnlhf.similarity import Similarity
 
@@ -121,6 +121,34 @@ def test_token_budget_changes_neither_loss_nor_gradient(tokenizer, tmp_path, bud
     assert len(packs) == {30: 8, 60: 3, 100: 1, 4000: 1}[budget] or budget in (30, 60)
     loss, found = gradient(ours, inputs)
     assert (found - whole).norm() / whole.norm() <= 1e-5 and loss == pytest.approx(whole_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [30, 90, 4000])
+def test_padded_packs_keep_the_budget_too_and_the_gradient(tokenizer, tmp_path, budget):
+    """Where the shared-prefix forward is refused: what a pack costs is its width with padding, and padding of other packs goes."""
+    inputs = batch([(P1, [[7, 8, 9, 10], [7], [9, 9], [11] * 9]), (P2[:5], [[3, 4], [5, 6, 7], [8] * 6, [3]])])
+    whole_loss, whole = gradient(trainer(tokenizer, tmp_path, packed=False), inputs, [torch.arange(8)])
+    ours = trainer(tokenizer, tmp_path, packed=False, **{"grpo.token_budget": budget})
+    assert not ours.packed
+    packs, found, total = ours.packs(inputs), 0, 0.0
+    assert sorted(torch.cat(packs).tolist()) == list(range(8))
+    ours.model.train()
+    for index in packs:
+        part = grpo.trimmed({k: v[index] if torch.is_tensor(v) and v.ndim else v for k, v in inputs.items()})
+        width = part["prompt_ids"].shape[1] + part["completion_ids"].shape[1]
+        assert len(index) * width <= budget or len(index) == 1
+        assert part["prompt_mask"].any(0).all() and part["completion_mask"].any(0).all()
+        ours.model.zero_grad()
+        loss = ours.pack_loss(ours.model, part)
+        loss.backward()
+        total += float(loss.detach())
+        found = found + torch.cat([w.grad.flatten() for w in ours.model.parameters() if w.grad is not None])
+    assert (found - whole).norm() / whole.norm() <= 1e-5 and total == pytest.approx(whole_loss, abs=1e-6)
+
+
+def test_runs_are_those_of_this_runs_seeds():
+    P = tiny.settings(**{"grpo.seeds": "[7, 9]"})
+    assert params.runs(P) == {"cold_start": ["cold_start"]} | {arm: [arm, f"{arm}-9"] for arm in grpo.ARMS}
 
 
 def test_a_pack_is_what_its_parts_are_alone(tokenizer):
@@ -495,5 +523,5 @@ def test_a_run_without_a_cold_start_says_what_to_run(tmp_path, monkeypatch):
     on, off = tiny.settings(), tiny.settings(**{"cold_start.enabled": "false"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="03_cold_start"):
-        grpo.start(on)
-    assert grpo.start(off) is None
+        policy.start(on)
+    assert policy.start(off) is None

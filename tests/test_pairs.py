@@ -139,3 +139,16 @@ def test_side_and_order_depend_on_the_id_alone():
 def test_a_pair_that_is_none_is_refused_with_its_id():
     with pytest.raises(ValueError, match=r"pair 'x': response_b is empty"):
         PreferencePair("x", "own", "g", [{"role": "user", "content": "q"}], "a", "", "A", [HumanCritique("1", "A", "t")])
+
+
+def test_a_blank_critique_is_kept_and_no_reference(tmp_path):
+    critiques = ["", {"annotator": "x", "label": "A", "text": " \n"}, {"annotator": "y", "label": "A", "text": "Response A says why."}]
+    (found,) = read_jsonl(write(tmp_path / "own.jsonl", [row(critiques=critiques)])).pairs
+    assert len(found.critiques) == 3 and [c.annotator for c in found.agreeing] == ["y"]
+
+
+def test_a_group_may_be_the_number_zero_and_meta_may_hold_a_side_without_a_text(tmp_path):
+    lines = [row(i, group=0, meta={"core": [{"side": "A", "text": None}, {"side": "B", "text": "Response B errs."}]}) for i in range(2)]
+    found = read_jsonl(write(tmp_path / "own.jsonl", lines)).pairs
+    assert {p.group for p in found} == {"0"}
+    assert found[0].swapped().meta["core"] == [{"side": "B", "text": None}, {"side": "A", "text": "Response A errs."}]
