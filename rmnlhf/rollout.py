@@ -430,8 +430,9 @@ class VllmEngine:
         self.tokenizer, self.cpu = tokenizer, not torch.cuda.is_available()
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         name = base.config._name_or_path
+        commit = params.policy.revision if name == params.policy.model else getattr(base.config, "_commit_hash", None)
         self.llm = LLM(
-            model=name, revision=params.policy.revision if name == params.policy.model else getattr(base.config, "_commit_hash", None), dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
+            model=name, revision=commit, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
             max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=params.rollout.gpu_memory,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
