@@ -96,7 +96,7 @@ def test_snapshot_is_of_the_locked_version(package):
 @pytest.mark.parametrize("package", sorted(SNAPSHOTS))
 def test_calls_fit_the_snapshot(package):
     known, used = SNAPSHOTS[package]["signatures"], foreign(package)
-    assert len(used) >= 3, f"no call of {package} found: the collector is blind"
+    assert len(used) >= 2, f"no call of {package} found: the collector is blind"
     wrong = []
     for where, name, positional, keywords in used:
         short = re.sub(rf"^{package}(\.[a-z_]+)*\.(?=[A-Z])", "", name)

@@ -41,7 +41,6 @@ WANTED = {
     "unsloth": {
         "FastLanguageModel.from_pretrained": ("unsloth/models/loader.py", "FastLanguageModel.from_pretrained"),
         "FastLanguageModel.get_peft_model": ("unsloth/models/llama.py", "FastLlamaModel.get_peft_model"),
-        "FastLanguageModel.for_inference": ("unsloth/models/llama.py", "FastLlamaModel.for_inference"),
     },
 }
 
