@@ -100,7 +100,7 @@ def test_an_export_is_the_same_model_by_itself_and_says_what_it_is(P, ids, tmp_p
     assert {"README.md", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path(root).iterdir()}
 
 
-def test_a_small_adapter_is_not_lost_in_the_rounding_of_merged_weights(ids, tmp_path):
+def test_a_small_adapter_is_not_lost_in_the_rounding_of_merged_weights():
     """Every change is a fraction of a bf16 step: rounded to the nearest number, hardly anything would be left of it."""
     model = tiny.model(lora=True).bfloat16()
     adapter = {n: w.data.float() for n, w in model.named_parameters() if "lora_" in n}
@@ -118,7 +118,6 @@ def test_a_small_adapter_is_not_lost_in_the_rounding_of_merged_weights(ids, tmp_
     assert not kept[change == 0].any()
     for name in before:  # one step up or down, no further
         assert (merged[name].float() - exact[name]).abs().max() <= 2**-7 * exact[name].abs().max()
-    model.save_pretrained(tmp_path / "adapter")
     plain = policy._merge(model)
     assert not any("lora" in n for n, _ in plain.named_parameters())
     assert all(torch.equal(w, merged[n]) for n, w in plain.named_parameters())
