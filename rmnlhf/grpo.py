@@ -24,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -426,15 +427,16 @@ def _append(path: Path, rows):
         f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
-def read(path: str | Path) -> list[dict]:
-    """Rows of a run's JSONL file; a half-written last line is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def read(path: str | Path) -> Iterator[dict]:
+    """Rows of a run's JSONL file, one at a time: the rollouts of a long run are gigabytes. A half-written last line is left out."""
+    if not Path(path).exists():
+        return
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
 
 
 class _Record(TrainerCallback):
@@ -449,7 +451,7 @@ class _Record(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        rows = read(self.run / "metrics.jsonl")
+        rows = list(read(self.run / "metrics.jsonl"))
         if not logs or "loss" not in logs or not rows:
             return
         figures = {k: v for k, v in rows[-1].items() if k != "step" and v is not None}
@@ -469,8 +471,9 @@ class _Record(TrainerCallback):
 def prompts(arm: str, params, splits, seed: int) -> tuple[list[PreferencePair], list[dict]]:
     """(pairs, rows): what an arm sees of the training pairs, and the steps · P prompts in their order, the same for every arm.
 
-    Hidden pairs carry their critiques in arm `human` alone. Order and A/B swap come from hashes; pairs repeat, in the other
-    order, when all have been used."""
+    Hidden pairs carry their critiques in arm `human` alone. The order comes from a hash; the right response is A in one row of
+    every two (which, from a hash), so that a small step does not pay for a letter. Pairs repeat, in the other order, when all
+    have been used."""
     hidden = splits.hidden
     if arm == "human":
         hidden = [replace(p, critiques=splits.hidden_truth.get(p.id, p.critiques)) for p in hidden]
@@ -480,8 +483,9 @@ def prompts(arm: str, params, splits, seed: int) -> tuple[list[PreferencePair], 
     n = params.grpo.steps * params.grpo.prompts
     rows = []
     for i in range(n):
-        pair, turn = pairs[i % len(pairs)], i // len(pairs)
-        rows.append({"pair_id": pair.id, "swap": (fingerprint(seed, "swap", pair.id) + turn) % 2})
+        turn, place = divmod(i, len(pairs))
+        right = "AB"[(fingerprint(seed, "right", str(place // 2)) + place + turn) % 2]
+        rows.append({"pair_id": pairs[place].id, "swap": int(pairs[place].label != right)})
     used = {r["pair_id"] for r in rows}
     return [p for p in pairs if p.id in used], rows
 
@@ -606,7 +610,7 @@ def _rewind(run: Path, checkpoint: Path | None) -> int:
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl", "drift.jsonl"):
         if (run / name).exists():
-            write_jsonl(run / name, [r for r in read(run / name) if r["step"] <= step])
+            write_jsonl(run / name, (r for r in read(run / name) if r["step"] <= step))
     for part in (run / "checkpoints").glob("*.part"):
         shutil.rmtree(part)
     return step

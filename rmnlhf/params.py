@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -222,6 +223,13 @@ class Params(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers, as DVC reads the same file: 5e-4 is one, not a text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 class ParamsError(ValueError):
     """Parameters that cannot be used; the message names each key's path and what is allowed."""
 
@@ -255,7 +263,10 @@ def _override(text: str) -> dict:
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ParamsError(f"override {text!r}: write it as section.key=value")
-    out = yaml.safe_load(value)
+    try:
+        out = yaml.load(value, _Loader)
+    except yaml.YAMLError as e:
+        raise ParamsError(f"override {text!r}: the value is not YAML: {e}") from e
     for part in reversed(key.strip().split(".")):
         out = {part: out}
     return out
@@ -269,7 +280,7 @@ def load(path: str | Path = "params.yaml", profile: str | None = None, overrides
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; run from the repository root or name the file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ParamsError(f"{path}: not readable as YAML: {e}") from e
     if not isinstance(raw, dict):

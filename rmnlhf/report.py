@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import deque
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,7 @@ STAGES = {
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "datasets", "vllm", "unsloth")
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 MIN_N = 30
+VIEWED = 2000  # entries of the critique viewer
 RULES = (
     f"Not testable here: the stage did not run, its file lacks the figure, the figure is missing (NaN), it rests on fewer than "
     f"{MIN_N} rows, the claim is about human text and the run had only generated pairs, or the interval holds both no effect "
@@ -55,7 +57,8 @@ class Run:
     tables: dict[str, tuple[list, list]] = field(default_factory=dict)  # name -> (header, rows)
     figures: dict[str, bytes] = field(default_factory=dict)
     judgements: dict[str, list[dict]] = field(default_factory=dict)  # arm -> rows of benchmarks.runner.evaluate
-    rollouts: dict[str, list[dict]] = field(default_factory=dict)  # arm -> rows of grpo's rollouts.jsonl
+    rollouts: dict[str, list[dict]] = field(default_factory=dict)  # arm -> the last rows of grpo's rollouts.jsonl
+    former: int = 0  # rollouts before those
     pairs: dict[str, PreferencePair] = field(default_factory=dict)  # texts, from splits/, hidden critiques put back
     source: str | None = None  # data really used, from splits/
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -68,9 +71,15 @@ def collect(results: str | Path = "results") -> Run:
         raise FileNotFoundError(f"{folder}: no such folder; `make repro` makes it")
     run = Run(folder)
 
-    def read(path: Path, how):
+    def last(path: Path) -> bytes:  # the rollouts of a long run are gigabytes
+        with path.open("rb") as file:
+            lines = deque(enumerate(file), maxlen=VIEWED)
+        run.former += lines[0][0] if lines else 0
+        return b"".join(line for _, line in lines)
+
+    def read(path: Path, how, load=Path.read_bytes):
         try:
-            return how(path.read_bytes())
+            return how(load(path))
         except (ValueError, TypeError, csv.Error, yaml.YAMLError) as e:
             run.unreadable[str(path.relative_to(folder))] = str(e).split("\n")[0]
 
@@ -90,8 +99,10 @@ def collect(results: str | Path = "results") -> Run:
     for path, rows in files.items():
         run.judgements.setdefault(path.stem, []).extend(rows)
     seeds = [str(s) for s in ((run.params or {}).get("grpo") or {}).get("seeds", [])[1:]]
-    each("runs/*/rollouts.jsonl", _rows, run.rollouts, lambda p: p.parent.name)
-    run.rollouts = {k: rows for k, rows in run.rollouts.items() if "-" not in k or k.split("-")[1] in seeds}  # others are of former parameters
+    for path in sorted(folder.glob("runs/*/rollouts.jsonl")):
+        arm = path.parent.name
+        if ("-" not in arm or arm.split("-")[1] in seeds) and (got := read(path, _rows, last)) is not None:  # others are of former parameters
+            run.rollouts[arm] = got
     if (folder / "splits" / "splits.json").exists():
         s = splits.load(folder / "splits")
         run.source = s.source
@@ -310,7 +321,7 @@ def duration(seconds: float) -> str:
 # ---- viewer --------------------------------------------------------------------------------------------------------------
 
 
-def viewer(run: Run, limit: int = 2000) -> dict:
+def viewer(run: Run, limit: int = VIEWED) -> dict:
     """The viewer's data: {"pairs": {id: texts}, "entries": [one arm's judgement of one pair, or one training rollout]}.
 
     Held-out judgements come first, whole pairs at a time; then training rollouts, the last steps first; `limit` entries in all.
@@ -327,7 +338,7 @@ def viewer(run: Run, limit: int = 2000) -> dict:
     rank = {i: hashlib.sha256(i.encode()).digest() for i in {e["pair"] for e in entries}}
     entries.sort(key=lambda e: (e["pair"] not in run.pairs, rank[e["pair"]], e["pair"]))  # pairs whose texts are known first
     training = sorted(((arm, r) for arm, rows in run.rollouts.items() for r in rows), key=lambda t: -(t[1].get("step") or 0))
-    left_out = max(0, len(entries) + len(training) - limit)
+    left_out = run.former + max(0, len(entries) + len(training) - limit)
     entries = entries[:limit] + [
         {"arm": arm, "set": "training", "pair": str(r["pair_id"]), "source": r.get("source"), "step": r.get("step"),
          "shown": [_judgement(r, bool(r.get("swap")), run.params)]}

@@ -355,6 +355,9 @@ def test_arms_see_the_same_prompts_and_hidden_critiques_only_in_human():
     assert {r["swap"] for r in rows} == {0, 1}
     first, again = rows[:12], rows[12:24]  # 12 pairs, then the same ones in the other order
     assert all(a["pair_id"] == b["pair_id"] and a["swap"] != b["swap"] for a, b in zip(first, again))
+    labels = {p.id: p.label for p in shown["human"][0]}
+    right = ["BA"[(labels[r["pair_id"]] == "A") != r["swap"]] for r in rows[:24]]
+    assert all(a != b for a, b in zip(right[::2], right[1::2])) and right[::2] != right[:1] * 12  # neither a letter nor its place in a step pays
     for arm, (pairs, _) in shown.items():
         hidden = [p for p in pairs if p.id.startswith("hidden")]
         assert hidden and all(bool(p.critiques) == (arm == "human") for p in hidden)

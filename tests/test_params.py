@@ -37,6 +37,14 @@ def test_a_profile_lies_over_the_base_and_overrides_over_both(write):
     assert params.load(path, None, ["profile=smoke"]).grpo.steps == 3
 
 
+@pytest.mark.parametrize("text", ["5e-4", "0.0005", "5.0e-4", "+5E-4"])
+def test_a_number_is_a_number_however_it_is_written(text, write):
+    assert params.load(ROOT / "params.yaml", overrides=[f"grpo.lr={text}"]).grpo.lr == 0.0005
+    raw = write(lambda p: None)
+    raw.write_text(raw.read_text().replace("lr: 0.0001", f"lr: {text}"))
+    assert params.load(raw).grpo.lr == 0.0005
+
+
 @pytest.mark.parametrize(
     "override, key, hint",
     [
@@ -54,6 +62,7 @@ def test_a_profile_lies_over_the_base_and_overrides_over_both(write):
         ("policy.model=someone/model", "policy.revision", "give the commit"),
         ("metarm.base=someone/encoder", "metarm.base", "name@commit"),
         ("grpo.steps", "grpo.steps", "section.key=value"),
+        ("grpo.seeds=[7", "grpo.seeds=[7", "not YAML"),
     ],
 )
 def test_wrong_values_are_refused_with_their_path_and_what_is_allowed(override, key, hint):

@@ -252,6 +252,17 @@ def test_viewer_limit_keeps_held_out_rows_first(tmp_path):
     assert data["left_out"] == 36 + 120 - 50
 
 
+def test_the_last_rollouts_of_a_long_run_are_kept_and_the_others_counted(tmp_path, monkeypatch):
+    folder = make_results(tmp_path / "results")
+    whole = report.collect(folder)
+    monkeypatch.setattr(report, "VIEWED", 10)
+    run = report.collect(folder)
+    assert all(run.rollouts[arm] == rows[-10:] for arm, rows in whole.rollouts.items())
+    assert run.former == sum(len(rows) - 10 for rows in whole.rollouts.values()) > 0 and report.viewer(run, limit=50)["left_out"] == 36 + 120 - 50
+    (folder / "runs/human/rollouts.jsonl").write_text("not JSON\n")
+    assert list(report.collect(folder).unreadable) == ["runs/human/rollouts.jsonl"]
+
+
 def test_model_card_has_data_licences_and_this_runs_figures(tmp_path):
     folder = make_results(tmp_path / "results")
     p = params.load(profile="smoke")
