@@ -441,6 +441,37 @@ def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_engine_and
     assert Scripted.asked == 60
 
 
+def test_rollouts_are_kept_by_parts_of_one_policy(model, tmp_path):
+    import torch
+
+    prompts, p, asked = [[i, i + 1] for i in range(10)], smoke(), []
+
+    class Engine:
+        die = None
+
+        def generate(self, prompts, n, *settings, progress=False):
+            if self.die == len(asked):
+                raise KeyboardInterrupt
+            asked.append(len(prompts))
+            return [[rollout.Completion([*ids, k], [-0.5, -1.25, -k], f"{ids} {k}", bool(k)) for k in range(n)] for ids in prompts]
+
+    engine = Engine()
+    engine.die = 2
+    with pytest.raises(KeyboardInterrupt):
+        runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
+    engine.die = None
+    found = runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
+    assert asked == [4, 4, 2] and found == Engine().generate(prompts, 3)
+    asked.clear()
+    assert runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4) == found and not asked
+    runner.rollouts(engine, model, prompts, 3, smoke(rollout__temperature=0.9), tmp_path, part=4)
+    assert asked == [4, 4, 2]
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-3
+    runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
+    assert asked == [4, 4, 2] * 2
+
+
 def test_one_vllm_judges_prompts_of_any_length(model, monkeypatch, tmp_path):
     p, lengths = smoke(), []
 

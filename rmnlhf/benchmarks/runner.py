@@ -30,6 +30,7 @@ from rmnlhf.pairs import PreferencePair
 
 log = logging.getLogger(__name__)
 CACHE = Path(".cache/judgements")
+ROLLOUTS = Path(".cache/rollouts")
 ORDERS = ("ab", "ba")
 MISSING = "missing"  # a call that failed: not a wrong answer
 
@@ -206,6 +207,25 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
         out.append({"judgement": said, "text": row["texts"][i], "tokens": row["tokens"], "seconds": row["seconds"],
                     "votes": count if votes > 1 else None})  # fmt: skip
     return out
+
+
+def rollouts(engine, model, prompts, n: int, params, cache: str | Path = ROLLOUTS, part: int = 1024) -> list[list]:
+    """`engine.generate` at the policy's settings, `part` prompts at a time: P lists of N `rollout.Completion`. Each part is kept
+    under `cache`, in a file named by the weights; a killed run goes on after the last one."""
+    from rmnlhf import rollout
+
+    p, r = params.policy, params.rollout
+    what = json.dumps([type(engine).__name__, str(getattr(engine, "dtype", "")), n, p.max_completion, r.model_dump(), params.seed])
+    file = Path(cache) / f"{fingerprint(model)}.jsonl"
+    starts = range(0, len(prompts), part)
+    keys = {start: hashlib.sha256(f"{what}{prompts[start : start + part]}".encode()).hexdigest() for start in starts}
+    known = {row["key"]: row["drawn"] for row in _lines(file) if row["key"] in set(keys.values())}
+    for start in starts:
+        if keys[start] not in known:
+            done = engine.generate(prompts[start : start + part], n, p.max_completion, r.temperature, r.top_p, params.seed, r.batch, progress=True)
+            known[keys[start]] = [[vars(c) for c in mine] for mine in done]
+            _append(file, [{"key": keys[start], "drawn": known[keys[start]]}])
+    return [[rollout.Completion(**c) for c in mine] for key in keys.values() for mine in known[key]]
 
 
 def _engine(model, params) -> tuple:
