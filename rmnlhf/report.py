@@ -211,7 +211,7 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
         word, why = judge(claim, value, ran=stage in run.metrics, generated=generated)
         for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
             if value is not None and metrics.get(other) != wanted:
-                word, why = NOT_TESTABLE, f"{other} is {metrics.get(other)}, the claim needs {wanted}"
+                word, why = NOT_TESTABLE, f"{claim['where_text']} ({other}: {metrics.get(other)})"
         out.append({**claim, "value": value, "word": word, "why": why, "file": f"metrics/{stage}.json" if value is not None else None})
     return out
 

@@ -145,6 +145,7 @@ def test_a_figure_that_means_something_else_tests_nothing(tmp_path):
         (tmp_path / "metrics/07_benchmarks.json").write_text(json.dumps(metrics))
         [claim] = [c for c in report.claims(report.collect(tmp_path)) if c["id"] == "benchmarks"]
         assert claim["word"] == word
+    assert claim["where_text"] in claim["why"] and "reference: longer" in claim["why"]
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 500))
@@ -157,7 +158,7 @@ def test_every_claim_of_the_file_is_well_formed():
     claims = yaml.safe_load((report.TEMPLATES / "claims.yaml").read_text())
     assert len({c["id"] for c in claims}) == len(claims) >= 8
     for c in claims:
-        assert {"id", "claim", "paper", "from"} <= set(c)
+        assert {"id", "claim", "paper", "from"} <= set(c) and ("where" in c) == ("where_text" in c)
         if not c.get("untestable"):
             assert c["stage"] in report.STAGES and c["key"] and len({"above", "below", "equals"} & set(c)) == 1
 
