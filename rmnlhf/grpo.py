@@ -46,6 +46,10 @@ from .params import ARMS, run_name
 log = logging.getLogger(__name__)
 EPSILON = 1e-6  # beside the group's standard deviation (paper; trl has 1e-4)
 KEPT = 2  # checkpoints
+PATIENCE = {  # what decides over memory, time and cost: a run goes on when it changes
+    "grpo": {"seeds", "save_every", "token_budget"}, "rollout": {"batch", "gpu_memory"}, "policy": {"gradient_checkpointing"},
+    "judge": {"cache", "timeout", "retries", "concurrency", "max_calls", "max_tokens", "price", "replay_only"},
+}  # fmt: skip
 
 
 def advantages(rewards_P_G: torch.Tensor) -> torch.Tensor:
@@ -202,6 +206,8 @@ class Trainer(GRPOTrainer):
 
     encoded: the prompt column's value → token ids. trl's own loss, clipping and metrics are used as they are: what differs is how
     per-token log-probabilities are computed and that a batch goes through in packs of at most `token_budget` tokens."""
+
+    record = None  # told of each step's figures
 
     def __init__(self, *args, encoded: dict[str, list[int]], engine, run: Path, params, beta: float, seed: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -392,6 +398,8 @@ class Trainer(GRPOTrainer):
         _append(self.run / "metrics.jsonl", [row])
         _append(self.run / "rollouts.jsonl", [r | {"step": step} for r in self.reward.rows])
         _append(self.run / "timings.jsonl", [{"step": step} | {k: round(v, 3) for k, v in self.seconds.items()}])
+        if self.record is not None:
+            self.record.show(row)
 
     def _save_checkpoint(self, model, trial):
         """Written beside its place and renamed into it: a checkpoint that is there is whole."""
@@ -443,21 +451,17 @@ class _Record(TrainerCallback):
     """Progress bar, TensorBoard and DVCLive for each step; MetaRM's drift when it is due."""
 
     def __init__(self, run: Path, title: str, steps: int, drift=None):
-        self.run, self.drift, self.trainer = run, drift, None
+        self.drift, self.trainer = drift, None
         self.bar = tqdm(total=steps, desc=title)
-        self.live = Live(run)
+        self.live = Live(run, resume=False)
+        for row in read(run / "metrics.jsonl"):
+            self.show(row)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        rows = list(read(self.run / "metrics.jsonl"))
-        if not logs or "loss" not in logs or not rows:
-            return
-        figures = {k: v for k, v in rows[-1].items() if k != "step" and v is not None}
-        self.live.log(state.global_step, figures)
-        self.bar.update(state.global_step - self.bar.n)
-        self.bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "correct", "process") if k in figures})
+    def show(self, row: dict):
+        """The line of metrics.jsonl that was just written."""
+        self.live.log(row["step"], {k: v for k, v in row.items() if k != "step"})
+        self.bar.update(row["step"] - self.bar.n)
+        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "correct", "process") if row.get(k) is not None})
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if self.drift is not None and self.drift.due(state.global_step):
@@ -510,6 +514,7 @@ def arguments(params, run: Path, seed: int) -> GRPOConfig:
     # trl refuses groups of one; here they are degenerate groups like others. Gradient checkpointing is switched on by `policy`
     config.num_generations = g.group
     config.per_device_train_batch_size, config.generation_batch_size = g.prompts * g.group // world, g.prompts * g.group
+    config._n_gpu = min(config.n_gpu, 1)  # else one process takes every card that it sees, each with as many prompts
     return config
 
 
@@ -552,13 +557,13 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         if row["prompt"] not in encoded:
             pair = reward.pairs[row["pair_id"]]
             encoded[row["prompt"]] = grm.encode_prompt(pair, tokenizer, params.policy.max_prompt, bool(row["swap"]), params.grm.think)
-    used = ["policy", "grm", "similarity", "rollout", "reward", "metarm", "grpo"]
-    used += ["judge"] if params.similarity.backend == "llm" else []
+    used = ["policy", "grm", "similarity", "rollout", "reward", "grpo"]
+    used += ["judge"] * (params.similarity.backend == "llm") + ["metarm"] * (arm in ("offline", "online"))
     said = [(p.label, *((c.annotator, c.label, c.text) for c in p.critiques)) for p in pairs]
     config = {
         "arm": arm, "seed": seed, "prompts": f"{fingerprint(*map(str, encoded.values())):016x}", "policy_weights": runner.fingerprint(policy_),
         "labels_and_critiques": f"{fingerprint(*map(str, said)):016x}", "metarm_weights": weights,
-        **{k: v for k, v in params.model_dump(exclude={"grpo": {"seeds", "save_every"}}).items() if k in used},
+        **{k: v for k, v in params.model_dump(exclude=PATIENCE).items() if k in used},
     }  # fmt: skip
     with state.main_process_first():  # the others find what the first has made
         finished = _continue(run, config)
@@ -569,6 +574,9 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         from .metarm import Drift
 
         drift = Drift(params, splits.unseen, frozen, run, judge)
+    last = checkpoints(run)
+    with state.main_process_first():
+        step = _rewind(run, last[-1] if last else None)
     record = _Record(run, f"{arm} {seed}", params.grpo.steps, drift) if state.is_main_process else None
     trainer = Trainer(
         policy_, reward, arguments(params, run, seed), Dataset.from_list(rows), processing_class=tokenizer, callbacks=[record] if record else [],
@@ -576,16 +584,14 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if record:
-        record.trainer = trainer
-    last = checkpoints(run)
-    with state.main_process_first():
-        step = _rewind(run, last[-1] if last else None)
+        record.trainer, trainer.record = trainer, record
     if last:
         reward.load_state_dict(torch.load(last[-1] / "reward.pt", weights_only=True))
         log.warning("%s goes on from step %d", run, step)
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     if state.is_main_process:
         _finish(run, trainer, metarm if arm == "online" else None)
+        record.trainer = None  # the circle that would keep models and optimizers alive
     state.wait_for_everyone()
     return run
 

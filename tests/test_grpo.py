@@ -447,6 +447,9 @@ def test_a_killed_run_goes_on_to_the_same_losses_rewards_and_weights(finished, t
     metarm = [torch.load(grpo.checkpoints(r)[-1] / "reward.pt")["metarm"] for r in (run, finished)]
     assert all(torch.equal(metarm[0][k], metarm[1][k]) for k in metarm[0])
     assert not list((run / "checkpoints").glob("*.part"))
+    for name in ("reward", "loss"):  # what can be watched is what was recorded, each step once
+        watched = [line.split("\t") for line in (run / f"dvclive/plots/metrics/{name}.tsv").read_text().splitlines()[1:]]
+        assert [(int(step), float(x)) for step, x in watched] == [(r["step"], pytest.approx(r[name])) for r in rows(run)]
 
 
 def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, tmp_path):
@@ -457,6 +460,10 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, t
     tiny.train(other, "outcome", **{"grpo.steps": 1})
     tiny.train(other, "outcome", **{"grpo.steps": 2})
     assert [r["step"] for r in rows(other)] == [1, 2]
+    before = (other / "metrics.jsonl").stat().st_mtime_ns
+    patience = {"grpo.token_budget": 50, "rollout.batch": 3, "judge.retries": 9, "metarm.online_lr": 1.0}  # `outcome` has no MetaRM
+    tiny.train(other, "outcome", **{"grpo.steps": 2} | patience)
+    assert (other / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_records_of_a_run(finished):
