@@ -8,6 +8,7 @@ weights of this engine are a merged bf16 copy, whatever the trainer's dtype, lai
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -68,15 +69,7 @@ def engine(model, tokenizer, params):
 
     vLLM is started once in a process and takes over each model's weights; so what was returned for an earlier model is no longer
     its engine. Raises RuntimeError where vLLM would have to serve a second base model, or run inside one of several processes."""
-    name, p = params.rollout.engine, params.policy
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    key = (base.config._name_or_path, p.revision, p.max_prompt + p.max_completion)
-    if name == "auto":
-        can = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not getattr(base, "is_quantized", False)
-        if can and _vllm and key not in _vllm:
-            log.warning("vLLM of this process serves %s: rollouts of %s are made by Transformers", next(iter(_vllm))[0], key[0])
-            can = False
-        name = "vllm" if can else "transformers"
+    name, key = chosen(model, params), _served(model, params)
     if name == "transformers":
         return TransformersEngine(model, tokenizer)
     from accelerate import PartialState
@@ -97,6 +90,26 @@ def engine(model, tokenizer, params):
         _vllm[key] = (VllmServer if name == "server" else VllmEngine)(model, tokenizer, params)
     _vllm[key].sync(model)
     return _vllm[key]
+
+
+def _served(model, params) -> tuple:
+    """What vLLM is started for."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return getattr(base.config, "_name_or_path", ""), params.policy.revision, params.policy.max_prompt + params.policy.max_completion
+
+
+def chosen(model, params) -> str:
+    """The engine that `rollout.engine` means for this model, in this process: "transformers", "vllm" or "server"."""
+    if params.rollout.engine != "auto":
+        return params.rollout.engine
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not torch.cuda.is_available() or not importlib.util.find_spec("vllm") or getattr(base, "is_quantized", False):
+        return "transformers"
+    key = _served(model, params)
+    if _vllm and key not in _vllm:
+        log.warning("vLLM of this process serves %s: rollouts of %s are made by Transformers", next(iter(_vllm))[0], key[0])
+        return "transformers"
+    return "vllm"
 
 
 def fast_dtype(model) -> torch.dtype:
@@ -260,15 +273,20 @@ def _alike(lengths, tokens=4096, ratio=0.75):
     return groups
 
 
-def _uniforms(prompts, n, tokens, seed):
-    """One (n, tokens) block of random numbers in [0, 1) for each prompt, by the prompt's tokens and how often it came before."""
+def _numbers(prompts, seed) -> list[int]:
+    """63 random bits for each prompt, by its tokens and how often it came before."""
     seen, out = {}, []
     for ids in prompts:
         key = hashlib.sha256(f"{seed}:{list(ids)}".encode()).digest()
         seen[key] = seen.get(key, -1) + 1
         number = int.from_bytes(hashlib.sha256(key + bytes([seen[key] % 256, seen[key] // 256])).digest()[:8], "little")
-        out.append(torch.rand(n, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(number >> 1)))
+        out.append(number >> 1)
     return out
+
+
+def _uniforms(prompts, n, tokens, seed):
+    """One (n, tokens) block of random numbers in [0, 1) for each prompt."""
+    return [torch.rand(n, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(x)) for x in _numbers(prompts, seed)]
 
 
 def _sample(logits, uniform, temperature, top_p):
@@ -440,6 +458,8 @@ class VllmEngine:
 
     def _wake(self):
         if self.asleep:
+            gc.collect()
+            torch.cuda.empty_cache()  # vLLM maps its memory beside what torch keeps for later
             self.llm.wake_up()
             self.asleep = False
 
@@ -454,9 +474,13 @@ class VllmEngine:
         """As `rollout.generate`; on a CPU the engine's own seed counts, since vLLM has no seed by request there."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(
-            n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, seed=None if self.cpu else seed, detokenize=False
-        )
+        sampling = [  # a seed for each prompt: requests of one seed draw the same numbers
+            SamplingParams(
+                n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0, detokenize=False,
+                seed=None if self.cpu else number % 2**31,
+            )
+            for number in _numbers(prompts, seed)
+        ]  # fmt: skip
         self._wake()
         got = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=progress)
         if not self.cpu:  # its memory is the update's now
@@ -499,11 +523,10 @@ class VllmServer:
             self.client.reset_prefix_cache()
 
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
-        """As `rollout.generate`."""
+        """As `rollout.generate`; the server's own seed counts: one sent along would give every prompt the same numbers."""
         got = self.client.generate(
-            [list(p) for p in prompts], n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0,
-            generation_kwargs={"seed": seed},
-        )  # fmt: skip
+            [list(p) for p in prompts], n=n, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, logprobs=0
+        )
         flat = [
             Completion(ids, [x[0] for x in logprobs], self.tokenizer.decode(ids, skip_special_tokens=True), ids[-1:] == [self.tokenizer.eos_token_id])
             for ids, logprobs in zip(got["completion_ids"], got["logprobs"], strict=True)

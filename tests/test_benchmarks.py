@@ -441,13 +441,16 @@ def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_engine_and
     assert Scripted.asked == 60
 
 
-def test_rollouts_are_kept_by_parts_of_one_policy(model, tmp_path):
+def test_rollouts_are_kept_by_parts_of_one_policy(model, monkeypatch, tmp_path):
     import torch
 
-    prompts, p, asked = [[i, i + 1] for i in range(10)], smoke(), []
+    prompts, p, asked, made = [[i, i + 1] for i in range(10)], smoke(), [], []
 
     class Engine:
         die = None
+
+        def __init__(self, *_):
+            made.append(self)
 
         def generate(self, prompts, n, *settings, progress=False):
             if self.die == len(asked):
@@ -455,20 +458,23 @@ def test_rollouts_are_kept_by_parts_of_one_policy(model, tmp_path):
             asked.append(len(prompts))
             return [[rollout.Completion([*ids, k], [-0.5, -1.25, -k], f"{ids} {k}", bool(k)) for k in range(n)] for ids in prompts]
 
-    engine = Engine()
-    engine.die = 2
+    def drawn(p=p):
+        return runner.rollouts(model, Bytes(), prompts, 3, p, tmp_path, part=4)
+
+    monkeypatch.setattr(rollout, "engine", Engine)
+    monkeypatch.setattr(Engine, "die", 2)
     with pytest.raises(KeyboardInterrupt):
-        runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
-    engine.die = None
-    found = runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
-    assert asked == [4, 4, 2] and found == Engine().generate(prompts, 3)
-    asked.clear()
-    assert runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4) == found and not asked
-    runner.rollouts(engine, model, prompts, 3, smoke(rollout__temperature=0.9), tmp_path, part=4)
+        drawn()
+    monkeypatch.setattr(Engine, "die", None)
+    found = drawn()
+    assert asked == [4, 4, 2] and [[(c.text, c.finished) for c in mine] for mine in found] == [[(f"{ids} {k}", bool(k)) for k in range(3)] for ids in prompts]
+    asked.clear(), made.clear()
+    assert drawn() == found and not asked and not made  # an engine that is not asked is not started
+    drawn(smoke(rollout__temperature=0.9))
     assert asked == [4, 4, 2]
     with torch.no_grad():
         model.weight[0, 0] += 1e-3
-    runner.rollouts(engine, model, prompts, 3, p, tmp_path, part=4)
+    drawn()
     assert asked == [4, 4, 2] * 2
 
 

@@ -218,7 +218,7 @@ def vllm(monkeypatch):
             seen["prompts"], seen["sampling"] = prompts, sampling
             out = types.SimpleNamespace(token_ids=[7, 2], logprobs=[{7: types.SimpleNamespace(logprob=-0.5)}, {2: types.SimpleNamespace(logprob=-1.0)}],
                                         finish_reason="stop")  # fmt: skip
-            return [types.SimpleNamespace(outputs=[out] * sampling["n"]) for _ in prompts]
+            return [types.SimpleNamespace(outputs=[out] * s["n"]) for _, s in zip(prompts, sampling, strict=True)]
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **k: k, __spec__=True))
     monkeypatch.setattr(rollout, "_vllm", {})
@@ -234,6 +234,13 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
         torch.testing.assert_close(vllm["weights"][name].float(), weight, rtol=2**-7, atol=0)
     (group,) = engine.generate([[1, 2]], 2, 8, 0.7)
     assert [(c.ids, c.logprobs, c.finished) for c in group] == [([7, 2], [-0.5, -1.0], True)] * 2
+    assert vllm["sampling"][0]["seed"] is None  # vLLM on a CPU knows none by request
+    engine.cpu, engine.llm.sleep = False, lambda level: None
+    engine.generate([[1, 2], [3], [1, 2]], 2, 8, 0.7, seed=5)
+    seeds = [s["seed"] for s in vllm["sampling"]]
+    engine.llm.wake_up = lambda: None
+    engine.generate([[3], [1, 2], [1, 2]], 2, 8, 0.7, seed=5)
+    assert len(set(seeds)) == 3 and [s["seed"] for s in vllm["sampling"]] == [seeds[1], seeds[0], seeds[2]]  # a prompt's numbers are its own
     assert vllm["options"]["max_model_len"] == 168 and vllm["options"]["gpu_memory_utilization"] == 0.6
 
 
@@ -295,4 +302,5 @@ def test_a_vllm_server_takes_merged_weights_and_gives_groups(monkeypatch, tokeni
         torch.testing.assert_close(seen["weights"][name].float(), weight, rtol=2**-7, atol=0)
     groups = engine.generate([[1, 2], [3]], 2, 8, 0.7, 0.9, seed=5)
     assert [[(c.ids, c.logprobs) for c in g] for g in groups] == [[([7, 2], [-0.5, -1.0])] * 2] * 2
-    assert {k: seen["asked"][k] for k in ("n", "max_tokens", "temperature", "top_p", "seed")} == {"n": 2, "max_tokens": 8, "temperature": 0.7, "top_p": 0.9, "seed": 5}
+    assert {k: seen["asked"][k] for k in ("n", "max_tokens", "temperature", "top_p")} == {"n": 2, "max_tokens": 8, "temperature": 0.7, "top_p": 0.9}
+    assert "seed" not in seen["asked"]  # one seed would give every prompt the same numbers

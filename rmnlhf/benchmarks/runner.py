@@ -185,7 +185,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
     known = {r["key"]: r for r in _lines(file)}
     todo = {k: ids for k, ids in zip(keys, prompts) if k not in known}
     queue = sorted(todo, key=lambda k: (-len(todo[k]), k))  # alike lengths together, whatever order they came in
-    size = max(1, r.batch // votes)
+    size = max(1, (1024 if name == "vllm" else r.batch) // votes)  # vLLM schedules by itself, and each call wakes it
     generate = _generate(model, tokenizer, params) if queue else None
     with tqdm(total=len(queue), desc="judge", disable=len(queue) < 2, leave=False) as bar:
         for start in range(0, len(queue), size):
@@ -209,37 +209,34 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
     return out
 
 
-def rollouts(engine, model, prompts, n: int, params, cache: str | Path = ROLLOUTS, part: int = 1024) -> list[list]:
-    """`engine.generate` at the policy's settings, `part` prompts at a time: P lists of N `rollout.Completion`. Each part is kept
-    under `cache`, in a file named by the weights; a killed run goes on after the last one."""
+def rollouts(model, tokenizer, prompts, n: int, params, cache: str | Path = ROLLOUTS, part: int = 1024) -> list[list]:
+    """Completions at the policy's settings by `rollout.engine`, `part` prompts at a time: P lists of N `rollout.Completion`, without ids
+    and log-probabilities. Each part is kept under `cache`, in a file named by the weights; a killed run goes on after the last one."""
     from rmnlhf import rollout
 
     p, r = params.policy, params.rollout
-    what = json.dumps([type(engine).__name__, str(getattr(engine, "dtype", "")), n, p.max_completion, r.model_dump(), params.seed])
+    what = json.dumps([rollout.chosen(model, params), n, p.max_completion, r.temperature, r.top_p, params.seed])
     file = Path(cache) / f"{fingerprint(model)}.jsonl"
     starts = range(0, len(prompts), part)
     keys = {start: hashlib.sha256(f"{what}{prompts[start : start + part]}".encode()).hexdigest() for start in starts}
     known = {row["key"]: row["drawn"] for row in _lines(file) if row["key"] in set(keys.values())}
-    for start in starts:
-        if keys[start] not in known:
-            done = engine.generate(prompts[start : start + part], n, p.max_completion, r.temperature, r.top_p, params.seed, r.batch, progress=True)
-            known[keys[start]] = [[vars(c) for c in mine] for mine in done]
-            _append(file, [{"key": keys[start], "drawn": known[keys[start]]}])
-    return [[rollout.Completion(**c) for c in mine] for key in keys.values() for mine in known[key]]
+    missing = [start for start in starts if keys[start] not in known]
+    engine = rollout.engine(model, tokenizer, params) if missing else None  # one that is not asked would keep its memory
+    for start in missing:
+        done = engine.generate(prompts[start : start + part], n, p.max_completion, r.temperature, r.top_p, params.seed, r.batch, progress=True)
+        known[keys[start]] = [[[c.text, c.finished] for c in mine] for mine in done]
+        _append(file, [{"key": keys[start], "drawn": known[keys[start]]}])
+    return [[rollout.Completion([], [], *c) for c in mine] for key in keys.values() for mine in known[key]]
 
 
 def _engine(model, params) -> tuple:
     """(name, dtype) of the engine that rollout.engine means here, and of its arithmetic: two that round differently answer
     differently."""
-    import importlib.util
-
     import torch
 
     from rmnlhf import rollout
 
-    name = params.rollout.engine
-    can = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not getattr(model, "is_quantized", False)
-    if name == "vllm" or (name == "auto" and can):
+    if rollout.chosen(model, params) == "vllm":
         return "vllm", torch.bfloat16
     # bf16 rounds differently in batches of another size: 3 of 24 greedy completions changed with it, none in fp32. So a CPU,
     # where fp32 costs little at this size, judges in fp32
