@@ -29,10 +29,11 @@ from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .live import Live
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
-from .policy import PACKAGED, prepare
+from .policy import PACKAGED, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
-TOKENS = 8192  # of one forward of a sequence regressor; activations are computed at 34 bytes × layers × hidden × tokens, not measured
+TOKENS = 8192  # of one forward of a sequence regressor; with LoRA 60 bytes × layers × hidden × tokens, with gradient checkpointing 2
+SAVE_EVERY = 50  # batches of a fit that has a checkpoint
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -254,9 +255,12 @@ class Head(nn.Module):
 class SequenceRegressor(nn.Module):
     """Sequence classification with one output: `[conversation] [response A] [response B] [critique]` in one text."""
 
-    def __init__(self, base: str | Path, max_length: int, seed: int, tune: str, revision=None, dtype="float32", rank=8, alpha=16):
+    def __init__(
+        self, base: str | Path, max_length: int, seed: int, tune: str, revision=None, dtype="float32", rank=8, alpha=16, checkpointing=False
+    ):  # fmt: skip
         super().__init__()
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
         state = torch.get_rng_state()
         torch.manual_seed(seed)  # the new head's weights
@@ -270,9 +274,17 @@ class SequenceRegressor(nn.Module):
             model = get_peft_model(
                 model, LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
             )
+            for w in model.parameters():
+                if w.requires_grad:  # PEFT leaves the head in bf16, where a small step is rounded away
+                    w.data = w.data.float()
         torch.set_rng_state(state)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # no dropout: a resumed run stays equal
         self.packed = shared_prefix.prepare(self.model)  # texts of one group share the encoding of what stands before the critique
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in self.model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it checkpoints in training mode only; what is inside it stays without dropout
         limit = getattr(model.config, "max_position_embeddings", None) or max_length
         self.max_length, self.limit = min(max_length, limit), limit
 
@@ -329,7 +341,8 @@ class SequenceRegressor(nn.Module):
         if self.packed:
             return shared_prefix.scores(self.model, features)
         tokens, mask = _padded(features, self.model.config.pad_token_id, self.model.device)
-        return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()
+        with mixed_precision(self.model):
+            return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()
 
     def take(self, features, index):
         return [features[i] for i in index]
@@ -384,12 +397,14 @@ class MetaRM:
         self.buffer, self.buffer_targets, self.seen = None, torch.zeros(0), 0
 
     def fit(
-        self, rows: Sequence[dict], extra: Sequence[dict] = (), progress: bool = False, held_out: Sequence[dict] = (), run: str | Path | None = None
+        self, rows: Sequence[dict], extra: Sequence[dict] = (), progress: bool = False, held_out: Sequence[dict] = (),
+        run: str | Path | None = None, checkpoint: str | Path | None = None,
     ) -> list[dict]:  # fmt: skip
         """Train from the start: MSE on the raw output, AdamW, cosine schedule (paper). Returns one dict for each epoch: loss,
         and held_out (mean squared error) where rows for it are given. run: a folder for TensorBoard's and DVCLive's logs of them.
 
-        extra: rows that are learnt but do not enter the replay buffer (`from_humans`); both together are one training set."""
+        extra: rows that are learnt but do not enter the replay buffer (`from_humans`); both together are one training set.
+        checkpoint: a file that holds the state every SAVE_EVERY batches: a killed fit of the same rows goes on, to the same weights."""
         rows, extra, held_out = _checked(rows, True), _checked(extra, True), _checked(held_out, True)
         if not rows and not extra:
             raise ValueError("MetaRM.fit: no row with a target; it learns from pairs with human critiques only")
@@ -402,13 +417,25 @@ class MetaRM:
         optimizer = torch.optim.AdamW(self._trainable(), lr=p.lr, weight_decay=0.1)
         batches = -(-len(everything) // p.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, p.epochs * batches))
-        history, live = [], Live(run, resume=False) if run else None
-        for epoch in range(p.epochs):
-            losses = []
-            for index in tqdm(self._batches(everything, p.batch), f"MetaRM epoch {epoch + 1}", disable=not progress):
+        of = fingerprint(p, self.seed, self.policy, *((r["group"], r["swap"], r["critique"], r["target"]) for r in everything))
+        at = self._resume(Path(checkpoint), of, optimizer, schedule) if checkpoint else None
+        at = at or {"epoch": 0, "batch": 0, "losses": [], "history": [], "generator": self.generator.get_state()}
+        history, live = at["history"], Live(run, resume=False) if run else None
+        for past in history if live else ():
+            live.log(past["epoch"], {k: v for k, v in past.items() if k != "epoch"})
+        for epoch in range(at["epoch"], p.epochs):
+            losses, done, start = (at["losses"], at["batch"], at["generator"]) if epoch == at["epoch"] else ([], 0, self.generator.get_state())
+            self.generator.set_state(start)
+            batches = self._batches(everything, p.batch)
+            for k, index in enumerate(tqdm(batches, f"MetaRM epoch {epoch + 1}", disable=not progress)):
+                if k < done:
+                    continue
                 loss = self._step(optimizer, self.model.take(features, index), targets[index], [everything[i]["group"] for i in index])
                 schedule.step()
                 losses += [loss] * len(index)
+                if checkpoint and (k + 1) % SAVE_EVERY == 0:
+                    now = {"epoch": epoch, "batch": k + 1, "losses": losses, "history": history, "generator": start}
+                    self._checkpoint(Path(checkpoint), of, optimizer, schedule, now)
             history.append({"epoch": epoch + 1, "loss": float(np.mean(losses))})
             if held_out:
                 error = self._predict(held) - np.array([r["target"] for r in held_out])
@@ -417,11 +444,30 @@ class MetaRM:
                 live.log(epoch + 1, {k: v for k, v in history[-1].items() if k != "epoch"})
         if live:
             live.close()
+        if checkpoint:
+            Path(checkpoint).unlink(missing_ok=True)
         if rows and extra:  # `extra` has its own share of right verdicts: the level is the rollouts'
             self.offset -= float((self._predict(self.model.take(features, list(range(len(rows))))) - targets[: len(rows)].numpy()).mean())
         if rows:
             self._remember(self.model.take(features, list(range(len(rows)))), targets[: len(rows)])
         return history
+
+    def _checkpoint(self, file: Path, of: int, optimizer, schedule, at: dict):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = {"of": of, "at": at, "metarm": self.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        torch.save(state, file.with_name(file.name + ".part"))
+        os.replace(file.with_name(file.name + ".part"), file)
+
+    def _resume(self, file: Path, of: int, optimizer, schedule) -> dict | None:
+        """Where a fit of these rows stopped, its state loaded; None where there is none."""
+        state = torch.load(file, weights_only=True) if file.exists() else None
+        if state is None or state["of"] != of:
+            return None
+        self.load_state_dict(state["metarm"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        log.warning("MetaRM's fit goes on from epoch %d, batch %d", state["at"]["epoch"] + 1, state["at"]["batch"])
+        return state["at"]
 
     def score(self, rows: Sequence[dict]) -> np.ndarray:
         """Raw outputs, shape (len(rows),), on the targets' scale. Raises ValueError naming a row without a critique."""
@@ -474,9 +520,9 @@ class MetaRM:
         return total
 
     def _batches(self, rows, size) -> list[list[int]]:
-        if not self.params.ranking:
+        if not self.params.ranking and isinstance(self.model, Head):
             order = torch.randperm(len(rows), generator=self.generator).tolist()
-        else:  # a group stays together
+        else:  # a group stays together: it is compared, and a long conversation is encoded once
             groups = sorted({r["group"] for r in rows})
             rank = dict(zip(groups, torch.randperm(len(groups), generator=self.generator).tolist()))
             order = sorted(range(len(rows)), key=lambda i: rank[rows[i]["group"]])
@@ -571,7 +617,7 @@ def _regressor(p, seed, policy):
         if policy is None:
             raise ValueError("metarm.base is 'policy': give MetaRM(params.metarm, seed, policy=params.policy)")
         name, revision = policy.model, policy.revision
-        extra = {"dtype": policy.dtype, "rank": policy.rank, "alpha": policy.alpha}
+        extra = {"dtype": policy.dtype, "rank": policy.rank, "alpha": policy.alpha, "checkpointing": policy.gradient_checkpointing}
     elif p.base in PACKAGED or Path(p.base).is_dir():
         name = p.base
     else:

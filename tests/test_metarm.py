@@ -1,6 +1,7 @@
 """MetaRM: what it reads, what it never reads, how it learns and forgets, and that a resumed one is the same one."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -249,6 +250,62 @@ def test_each_epoch_of_a_fit_can_be_watched(P, tmp_path):
         lines = (tmp_path / f"dvclive/plots/metrics/{name}.tsv").read_text().splitlines()[1:]
         for logged in ([e.value for e in board.Scalars(name)], [float(line.split("\t")[1]) for line in lines]):
             assert logged == pytest.approx([h[name] for h in history], rel=1e-6)
+
+
+@pytest.mark.parametrize("base", ["minilm", "policy"])
+def test_a_killed_fit_goes_on_to_the_same_weights(P, tiny_decoder, base, tmp_path, monkeypatch, caplog):
+    policy = P.policy.model_copy(update={"model": str(tiny_decoder), "rank": 4, "dtype": "float32"})
+    settings = P.metarm.model_copy(update={"base": base, "tune": "head" if base == "minilm" else "lora", "epochs": 2, "batch": 6})
+    monkeypatch.setattr(metarm, "SAVE_EVERY", 2)
+    rows, file = judged([make(i) for i in range(10)]), tmp_path / "fit.pt"
+    whole = metarm.MetaRM(settings, 3, policy)
+    history = whole.fit(rows, held_out=rows[:4])
+    step, left = metarm.MetaRM._step, []
+
+    def killed(self, *args):
+        if len(left) == stop:
+            raise KeyboardInterrupt
+        left.append(1)
+        return step(self, *args)
+
+    batches = -(-len(rows) // 6)
+    for stop in (3, batches + 3):  # in the middle of the first epoch, and of the second
+        left.clear()
+        monkeypatch.setattr(metarm.MetaRM, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            metarm.MetaRM(settings, 3, policy).fit(rows, held_out=rows[:4], checkpoint=file)
+        monkeypatch.setattr(metarm.MetaRM, "_step", step)
+        other = metarm.MetaRM(settings, 3, policy)
+        if stop == 3:  # a fit of other rows begins anew and leaves its own file
+            fresh = metarm.MetaRM(settings, 3, policy)
+            shutil.copy(file, tmp_path / "copy.pt")
+            assert fresh.fit(rows[1:], checkpoint=tmp_path / "copy.pt") == metarm.MetaRM(settings, 3, policy).fit(rows[1:])
+            assert "goes on from" not in caplog.text
+        assert other.fit(rows, held_out=rows[:4], checkpoint=file, run=tmp_path / "live") == history and not file.exists()
+        assert "goes on from epoch" in caplog.text
+        assert np.array_equal(other.score(rows), whole.score(rows)) and torch.equal(other.generator.get_state(), whole.generator.get_state())
+        assert len((tmp_path / "live/dvclive/plots/metrics/loss.tsv").read_text().splitlines()) == 3
+        caplog.clear()
+
+
+def test_checkpointed_layers_give_the_same_gradients_and_the_head_trains_in_float32(P, tiny_decoder):
+    rows, found = judged([make(i) for i in range(4)]), []
+    for checkpointing in (False, True):
+        policy = P.policy.model_copy(update={"model": str(tiny_decoder), "rank": 4, "dtype": "float32", "gradient_checkpointing": checkpointing})
+        one = metarm.MetaRM(P.metarm.model_copy(update={"base": "policy", "tune": "lora", "max_length": 300}), 3, policy)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = one.model(one.model.encode(rows)).square().sum()
+        loss.backward()
+        found.append((torch.cat([w.grad.flatten() for w in one._trainable()]), sum(kept)))
+    (plain, much), (again, little) = found
+    assert torch.equal(plain, again) and plain.norm() > 0 and little < much / 2
+    half = metarm.MetaRM(P.metarm.model_copy(update={"base": "policy", "tune": "lora"}), 3, policy.model_copy(update={"dtype": "bfloat16"}))
+    assert {w.dtype for w in half._trainable()} == {torch.float32} and any("score" in n for n, w in half.model.named_parameters() if w.requires_grad)
+    scores = []
+    for half.model.packed in (True, False):
+        scores.append(half.score(rows))
+    assert np.allclose(*scores, atol=0.05) and half.update(rows) is not None
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
