@@ -161,7 +161,6 @@ _INTENSIFIERS = {"completely", "strongly", "truly", "perfectly"}
 _PARTICIPLES = {"missing", "missed", "absent", "lacking", "omitted", "ignored", "neglected", "forgotten", "overlooked"}
 _BELITTLING = {"just": 0.35, "only": 0.35, "merely": 0.6}
 _WEAK_STEMS = {stem(w) for w in _WEAK.split()}
-ASPECTS = sorted(set(_ASPECT.values()))
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
         save_steps=25, save_total_limit=2, report_to="none", remove_unused_columns=False, dataloader_num_workers=0,
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, disable_tqdm=False, gradient_checkpointing=False,
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # one process, one card, whatever it sees
     trainer = PackedSFTTrainer(
         model, args, train_dataset=Dataset.from_dict({"row": range(c.steps * c.batch_pairs)}), data_collator=collate,
         processing_class=tokenizer,

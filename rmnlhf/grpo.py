@@ -205,7 +205,7 @@ class Trainer(GRPOTrainer):
     """trl's trainer with our rollouts, the paper's advantage and the shared-prefix update.
 
     encoded: the prompt column's value → token ids. trl's own loss, clipping and metrics are used as they are: what differs is how
-    per-token log-probabilities are computed and that a batch goes through in packs of at most `token_budget` tokens."""
+    per-token log-probabilities are computed and that a batch goes through in packs of at most `token_budget` tokens (a longer row is a pack of its own)."""
 
     record = None  # told of each step's figures
 
@@ -310,7 +310,7 @@ class Trainer(GRPOTrainer):
             w.grad = g.view_as(w)
 
     def packs(self, inputs) -> list[torch.Tensor]:
-        """Rows of each micro-batch: whole groups up to grpo.token_budget, a larger group in parts; only rows with a gradient."""
+        """Rows of each micro-batch, in order, up to grpo.token_budget: a group that is cut has its prompt in both; only rows with a gradient."""
         lengths = inputs["completion_mask"].sum(1).tolist()
         prompt = inputs["prompt_mask"].sum(1).tolist()
         of = torch.arange(len(lengths), device=inputs["advantages"].device) // self.num_generations
@@ -521,7 +521,7 @@ def arguments(params, run: Path, seed: int) -> GRPOConfig:
 def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, model=None, run: str | Path | None = None, judge=None) -> Path:
     """Train one arm; returns its run folder, results/runs/<arm> (or <arm>-<seed> for a seed other than the first).
 
-    The folder holds adapter/, metrics.jsonl, rollouts.jsonl, timings.jsonl, config.yaml, checkpoints/ and, for MetaRM arms,
+    The folder holds adapter/, metrics.jsonl, rollouts.jsonl, timings.jsonl, config.yaml, checkpoints/ and, for arm `online`,
     metarm/ and drift.jsonl. A finished run with the same settings is returned as it is; an interrupted one goes on from its last
     checkpoint to the same losses, rewards and weights; one with other settings is replaced.
 

@@ -1,7 +1,7 @@
 """LLM calls that answer with JSON: an OpenAI-compatible endpoint or a local vLLM model, behind one disk cache.
 
-A call that fails, or whose answer cannot be read, is *missing*: None, counted with its reason, never a score of 0
-(PAPER.md, fault 2 of the released code). Every answer is kept as soon as it arrives, so a killed run asks only the rest.
+A call that fails, or whose answer cannot be read, is *missing*: None, counted with its reason, never a score of 0, as
+in the paper's released code. Every answer is kept as soon as it arrives, so a killed run asks only the rest.
 """
 
 from __future__ import annotations

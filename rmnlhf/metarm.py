@@ -29,7 +29,7 @@ from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .live import Live
 from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
-from .policy import PACKAGED, mixed_precision, prepare
+from .policy import PACKAGED, free, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
 TOKENS = 8192  # of one forward of a sequence regressor; with LoRA 60 bytes × layers × hidden × tokens, with gradient checkpointing 2
@@ -591,7 +591,7 @@ class MetaRM:
 
     @classmethod
     def load(cls, path: str | Path, params=None) -> MetaRM:
-        """What `save` wrote; `params` (Params.metarm) replaces the stored settings of the online updates."""
+        """What `save` wrote; `params` (Params.metarm) replaces the stored settings; base and tune must be the same."""
         from .params import MetaRMSection, Policy
 
         path = Path(path)
@@ -612,6 +612,7 @@ class MetaRM:
 
 
 def _regressor(p, seed, policy):
+    free()
     revision, extra = None, {}
     if p.base == "policy":
         if policy is None:

@@ -149,13 +149,7 @@ class Grpo(Section):
     token_budget: Positive
     shared_prefix: bool
     save_every: Positive
-    seeds: list[int]
-
-    @model_validator(mode="after")
-    def _seeds(self):
-        if not self.seeds:
-            raise ValueError("seeds is empty: give at least one")
-        return self
+    seeds: Annotated[list[int], Field(min_length=1)]
 
 
 class Evaluation(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -79,6 +80,13 @@ def backend(params) -> str:
     return params.policy.backend
 
 
+def free():
+    """Hand back a GPU's memory that former models held: circles among objects keep it, and so does torch for later."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def load(params, adapter: str | Path | None = None, trainable: bool = False):
     """(model, tokenizer) of `params.policy`, with `adapter` (a folder) applied.
 
@@ -86,6 +94,7 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     as it was loaded: the reference of the KL term. Such an adapter names its parent as its base, and loads it by itself.
     Raises FileNotFoundError for a folder that holds no adapter."""
     p = params.policy
+    free()
     kind = backend(params) if trainable else "transformers"  # Unsloth's models answer neither a packed forward nor a decoding cache
     chain = _chain(adapter) if adapter else []
     dtype = getattr(torch, p.dtype)

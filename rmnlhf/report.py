@@ -408,7 +408,7 @@ def build(results: str | Path = "results", out: str | Path | None = None) -> Pat
     data = viewer(run)
     script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.globals |= {"show": show, "number": number, "tidy": tidy, "duration": duration}
+    env.globals |= {"show": show, "tidy": tidy, "duration": duration}
     found = claims(run)
     page = env.get_template("report.html.j2").render(
         run=run, provenance=provenance(run), claims=found, rules=RULES, stages=STAGES, limits=limits(run, found), viewer=data,

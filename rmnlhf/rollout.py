@@ -8,7 +8,6 @@ weights of this engine are a merged bf16 copy, whatever the trainer's dtype, lai
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import importlib.util
 import logging
@@ -21,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
-from .policy import merged_weights
+from .policy import free, merged_weights
 
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_decode"
@@ -458,8 +457,7 @@ class VllmEngine:
 
     def _wake(self):
         if self.asleep:
-            gc.collect()
-            torch.cuda.empty_cache()  # vLLM maps its memory beside what torch keeps for later
+            free()  # vLLM maps its memory beside what torch keeps
             self.llm.wake_up()
             self.asleep = False
 

@@ -73,11 +73,6 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequen
     return Packed(t[0][None], t[1][None], *t[2:])
 
 
-def size(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> int:
-    """Tokens that one group takes in a pack."""
-    return len(prompt) + sum(max(len(c) - 1, 0) for c in completions)
-
-
 def visible(p: Packed) -> torch.Tensor:
     """(S, S), True where a token (row) sees another (column): what both attentions below compute."""
     order = torch.arange(len(p.group), device=p.group.device)

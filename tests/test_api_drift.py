@@ -237,6 +237,6 @@ def test_a_wrong_argument_would_be_found(tmp_path, monkeypatch):
     assert found == {"vllm.LLM": ["model", "no_such"], "vllm.LLM.sleep": ["depth"], "trl.GRPOConfig": ["no_such"]}
     with pytest.raises(AssertionError, match="no_such"):
         test_calls_fit_what_is_installed()
-    bad.write_text(bad.read_text() + "    from vllm import SamplingParams\n    SamplingParams(n=1)\n")
+    bad.write_text(bad.read_text() + "    from vllm import SamplingParams\n    SamplingParams(n=1)\n    self.llm.generate([])\n")
     with pytest.raises(AssertionError, match=r"LLM\(no_such=\)(.|\n)*sleep\(depth=\)"):
         test_calls_fit_the_snapshot("vllm")

@@ -155,7 +155,7 @@ def test_a_pack_is_what_its_parts_are_alone(tokenizer):
     model = tiny.model().eval()
     groups = LAYOUTS["groups of unequal lengths"]
     p = shared_prefix.pack([g[0] for g in groups], [g[1] for g in groups])
-    assert p.ids.shape[1] == sum(shared_prefix.size(*g) for g in groups)
+    assert p.ids.shape[1] == sum(len(prompt) + sum(max(len(c) - 1, 0) for c in members) for prompt, members in groups)
     with torch.no_grad():
         found, entropy = shared_prefix.logps(model, p, 0.8)
         for row, (prompt, c) in enumerate((a, c) for a, members in groups for c in members):

@@ -56,7 +56,7 @@ def test_a_number_is_a_number_however_it_is_written(text, write):
         ("reward.bonus=double", "reward.bonus", "'paper', 'rescaled' or 'binary'"),
         ("similarity.threshold=1.5", "similarity.threshold", "less than or equal to 1"),
         ("grm.think='yes'", "grm.think", "boolean"),
-        ("grpo.seeds=[]", "grpo", "at least one"),
+        ("grpo.seeds=[]", "grpo.seeds", "at least 1"),
         ("profile=tiny", "profile", "smoke, cpu, long, gpu"),
         ("policy.load_in_4bit=true", "load_in_4bit", "GPU"),
         ("policy.model=someone/model", "policy.revision", "give the commit"),
