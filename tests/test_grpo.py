@@ -460,8 +460,10 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, t
     tiny.train(other, "outcome", **{"grpo.steps": 1})
     tiny.train(other, "outcome", **{"grpo.steps": 2})
     assert [r["step"] for r in rows(other)] == [1, 2]
+    fields = tiny.settings().model_dump()
+    assert all(names <= fields[section].keys() for section, names in grpo.PATIENCE.items())  # what is misspelt would be left in
     before = (other / "metrics.jsonl").stat().st_mtime_ns
-    patience = {"grpo.token_budget": 50, "rollout.batch": 3, "judge.retries": 9, "metarm.online_lr": 1.0}  # `outcome` has no MetaRM
+    patience = {"grpo.token_budget": 50, "rollout.batch": 3, "metarm.online_lr": 1.0}  # `outcome` has no MetaRM
     tiny.train(other, "outcome", **{"grpo.steps": 2} | patience)
     assert (other / "metrics.jsonl").stat().st_mtime_ns == before
 
