@@ -483,7 +483,7 @@ def model_card(params, adapter: str | Path, results: str | Path = "results") -> 
 # ---- README --------------------------------------------------------------------------------------------------------------
 
 KEPT = ROOT / "docs" / "long"  # metrics, parameters and main figures of the run that README shows
-SHOWN = {"06_arms.png": "core-F1, verdict accuracy and inconsistency of each arm", "09_learning_curves.png": "learning curves"}
+SHOWN = {"06_arms.png": "core-F1 of all and of right verdicts, verdict accuracy and inconsistency of each arm", "09_learning_curves.png": "learning curves"}
 BLOCK = re.compile(r"(<!-- run of profile long: made by `make readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -508,10 +508,13 @@ def excerpt(folder: Path = KEPT) -> str:
     """Markdown from the files that `keep` left: the arms, the paper's claims, what was run."""
     run, lines = collect(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))
     run.source = lines["Data"]
-    arms = [a for a in ("cold_start", "outcome", "offline", "online", "human") if f"{a}.core-F1" in run.metrics["06_grpo_online"]]
+    figures = run.metrics["06_grpo_online"]
+    arms = [a for a in ("cold_start", "outcome", "offline", "online", "human") if f"{a}.core-F1" in figures]
+    columns = ["core-F1", "core-F1 of right verdicts", "verdict accuracy", "inconsistency"]
+    columns = [c for c in columns if f"{arms[0]}.{c}" in figures]
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     return env.get_template("readme.md.j2").render(
-        arms=arms, metrics=run.metrics["06_grpo_online"], claims=claims(run), lines=lines, show=show, shown=SHOWN, limits=limits(run, []),
+        arms=arms, columns=columns, metrics=figures, claims=claims(run), lines=lines, show=show, shown=SHOWN, limits=limits(run, []),
         folder=folder.relative_to(ROOT).as_posix(),
     )  # fmt: skip
 
