@@ -244,7 +244,7 @@ def resume(s) -> dict:
             done = run(name)
             from safetensors.torch import load_file
 
-            kept[name] = (load_file(done / "adapter" / "adapter_model.safetensors"), list(grpo.read(done / "metrics.jsonl")))
+            kept[name] = (load_file(done / "adapter" / "adapter_model.safetensors"), list(grpo.read_rows(done / "metrics.jsonl")))
     (one, metrics), (other, again) = kept.values()
     same = len(metrics) == len(again) == 3 and metrics == again
     return {

@@ -25,7 +25,7 @@ def steps(P, n):
     for arm in ("offline", "online"):
         with tempfile.TemporaryDirectory() as folder:
             run = grpo.train(arm, P, run=Path(folder) / arm)
-            rows = list(grpo.read(run / "timings.jsonl"))[1:]
+            rows = list(grpo.read_rows(run / "timings.jsonl"))[1:]
             out[arm] = {k: float(np.mean([r[k] for r in rows])) for k in ("rollout", "reward", "update")}
     return out
 

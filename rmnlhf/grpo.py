@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import math
 import os
@@ -24,7 +23,6 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from . import grm, judge, policy, rewards, rollout, shared_prefix
 from .live import Live
-from .pairs import PreferencePair, fingerprint, write_jsonl
+from .pairs import PreferencePair, append_rows, fingerprint, read_rows, write_jsonl
 from .params import ARMS, run_name
 
 log = logging.getLogger(__name__)
@@ -113,7 +111,7 @@ class RewardFunction:
             }
             for i, w, c, j, x, s, f, m, r in zip(pair_id, swap, completions, said, shown, found, process, scores, final)
         ]  # fmt: skip
-        self.rows = _everyone(self.rows)
+        self.rows = gather_object(self.rows)
         self._figures(loss)
         self._check()
         return [_number(r) for r in final]
@@ -136,7 +134,7 @@ class RewardFunction:
             targets = [metarm.target(j, x.label, f, self.params) for j, x, f in zip(said, shown, process)]
             known = [i for i, t in enumerate(targets) if t is not None]
             rows = [metarm.row(self.pairs[pair_id[i]], bool(swap[i]), said[i].critique, targets[i]) for i in known]
-            loss = self.metarm.update(_everyone(rows))  # each process makes the same update: its MetaRM stays the others' twin
+            loss = self.metarm.update(gather_object(rows))  # each process makes the same update: its MetaRM stays the others' twin
         ask = [i for i, (j, x) in enumerate(zip(said, shown)) if j.error is None and not x.agreeing]
         found = self.metarm.score([metarm.row(self.pairs[pair_id[i]], bool(swap[i]), said[i].critique) for i in ask])
         for i, m in zip(ask, found):
@@ -177,11 +175,6 @@ class RewardFunction:
         self.due, self.missing = state["due"], state["missing"]
         if self.metarm is not None:
             self.metarm.load_state_dict(state["metarm"])
-
-
-def _everyone(rows: list) -> list:
-    """The rows of all processes, in their order; the same list in each."""
-    return gather_object(rows) if PartialState().num_processes > 1 else rows
 
 
 def trimmed(part: dict) -> dict:
@@ -395,9 +388,9 @@ class Trainer(GRPOTrainer):
             "engine_gap": "engine_gap",  # mean |log-probability at rollout - in the update|, nats
         }  # fmt: skip
         row = {"step": step} | {name: _number(logs.get(key)) for key, name in names.items()} | self.reward.figures
-        _append(self.run / "metrics.jsonl", [row])
-        _append(self.run / "rollouts.jsonl", [r | {"step": step} for r in self.reward.rows])
-        _append(self.run / "timings.jsonl", [{"step": step} | {k: round(v, 3) for k, v in self.seconds.items()}])
+        append_rows(self.run / "metrics.jsonl", [row])
+        append_rows(self.run / "rollouts.jsonl", [r | {"step": step} for r in self.reward.rows])
+        append_rows(self.run / "timings.jsonl", [{"step": step} | {k: round(v, 3) for k, v in self.seconds.items()}])
         if self.record is not None:
             self.record.show(row)
 
@@ -430,23 +423,6 @@ def checkpoints(run: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def _append(path: Path, rows):
-    with path.open("a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
-
-def read(path: str | Path) -> Iterator[dict]:
-    """Rows of a run's JSONL file, one at a time: the rollouts of a long run are gigabytes. A half-written last line is left out."""
-    if not Path(path).exists():
-        return
-    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
-
-
 class _Record(TrainerCallback):
     """Progress bar, TensorBoard and DVCLive for each step; MetaRM's drift when it is due."""
 
@@ -454,7 +430,7 @@ class _Record(TrainerCallback):
         self.drift, self.trainer = drift, None
         self.bar = tqdm(total=steps, desc=title)
         self.live = Live(run, resume=False)
-        for row in read(run / "metrics.jsonl"):
+        for row in read_rows(run / "metrics.jsonl"):
             self.show(row)
 
     def show(self, row: dict):
@@ -616,7 +592,7 @@ def _rewind(run: Path, checkpoint: Path | None) -> int:
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl", "drift.jsonl"):
         if (run / name).exists():
-            write_jsonl(run / name, (r for r in read(run / name) if r["step"] <= step))
+            write_jsonl(run / name, (r for r in read_rows(run / name) if r["step"] <= step))
     for part in (run / "checkpoints").glob("*.part"):
         shutil.rmtree(part)
     return step

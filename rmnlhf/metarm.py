@@ -28,7 +28,7 @@ from . import rewards, shared_prefix
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .live import Live
-from .pairs import OTHER, PreferencePair, fingerprint, swap_sides
+from .pairs import OTHER, PreferencePair, fingerprint, read_rows, swap_sides, write_jsonl
 from .policy import PACKAGED, free, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
@@ -733,13 +733,4 @@ class Drift:
         return line
 
     def _write(self, step, line):
-        kept = [x for x in read_drift(self.path) if x["step"] < step]
-        part = self.path.with_name(self.path.name + ".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(x) + "\n" for x in [*kept, line]), encoding="utf-8")
-        os.replace(part, self.path)
-
-
-def read_drift(path: str | Path) -> list[dict]:
-    path = Path(path)
-    return [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n") if x] if path.exists() else []
+        write_jsonl(self.path, [*(x for x in read_rows(self.path) if x["step"] < step), line])

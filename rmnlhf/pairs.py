@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+log = logging.getLogger(__name__)
 Label = Literal["A", "B"]
 OTHER = {"A": "B", "B": "A"}
 # "Response A", "Responses A and B", "Response A or B": the letter after a joining word is a side too
@@ -232,3 +234,37 @@ def write_jsonl(path: str | Path, rows: Iterable) -> Path:
             f.write(json.dumps(row if isinstance(row, dict) else row.to_dict(), ensure_ascii=False) + "\n")
     os.replace(part, path)
     return path
+
+
+def read_rows(path: str | Path) -> Iterator[dict]:
+    """Rows of a JSONL file, one at a time: the rollouts of a long run are gigabytes. No file: none. A line that is no JSON
+    object (a half-written last one) is left out and said."""
+    path, bad = Path(path), 0
+    if not path.exists():
+        return
+    with path.open("rb") as f:
+        for line in filter(bytes.strip, f):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                yield row
+            else:
+                bad += 1
+    if bad:
+        log.warning("%s: %d unreadable line%s left out", path, bad, "s" * (bad > 1))
+
+
+def append_rows(path: str | Path, rows: list[dict]):
+    """Add rows to a JSONL file; after a half-written line they start on a new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+        f.flush()
+        os.fsync(f.fileno())

@@ -87,6 +87,13 @@ def paired(a, b, groups=None, n: int = 2000, level: float = 0.95, seed: int = 0)
     return diff, low, high, float(min(1.0, flipped.pvalue))
 
 
+def over(judged, arm: str, other: str, column: str, n: int = 2000) -> dict:
+    """{mean, low, high, p, n} of `column` in one arm less the other, pair by pair (column id); orders and seeds are averaged within a
+    pair. judged: rows of `runner.evaluate` with a column arm."""
+    both = judged.pivot_table(index="id", columns="arm", values=column, aggfunc="mean").reindex(columns=[arm, other]).dropna()
+    return dict(zip(("mean", "low", "high", "p"), paired(both[arm], both[other], both.index, n)), n=len(both))
+
+
 def holm(pvalues) -> np.ndarray:
     """Holm's step-down adjusted p-values, in the order given; NaN (not tested) stays NaN and does not count."""
     p = np.asarray(pvalues, dtype=float)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +26,6 @@ from rmnlhf import pairs as pairs_
 from rmnlhf.grm import Judgement
 from rmnlhf.pairs import PreferencePair
 
-log = logging.getLogger(__name__)
 CACHE = Path(".cache/judgements")
 ROLLOUTS = Path(".cache/rollouts")
 ORDERS = ("ab", "ba")
@@ -162,7 +159,9 @@ def _plain(verdict) -> dict:
 
 def _recorded(path, asked) -> list[dict]:
     """Rows {id, order, verdict[, critique, text, tokens]}, verdict as shown, such as `evaluate` writes; no row: missing."""
-    rows = {(str(r["id"]), r["order"]): r for r in _lines(Path(path), required=True)}
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file; expected JSON Lines with id, order (ab, ba) and verdict")
+    rows = {(str(r["id"]), r["order"]): r for r in pairs_.read_rows(path)}
     out = []
     for pair, order in asked:
         row = rows.get((pair.id, order))
@@ -182,7 +181,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
     what = json.dumps([name, str(dtype), votes, p.max_completion, temperature, top_p, seed])
     keys = [hashlib.sha256(f"{what}{ids}".encode()).hexdigest() for ids in prompts]
     file = cache / f"{fingerprint(model)}.jsonl"
-    known = {r["key"]: r for r in _lines(file)}
+    known = {r["key"]: r for r in pairs_.read_rows(file)}
     todo = {k: ids for k, ids in zip(keys, prompts) if k not in known}
     queue = sorted(todo, key=lambda k: (-len(todo[k]), k))  # alike lengths together, whatever order they came in
     size = max(1, (1024 if name == "vllm" else r.batch) // votes)  # vLLM schedules by itself, and each call wakes it
@@ -197,7 +196,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
                 {"key": k, "texts": [c.text for c in cs], "tokens": sum(len(c.ids) for c in cs), "seconds": round(seconds, 4)}
                 for k, cs in zip(part, done)
             ]
-            _append(file, rows)
+            pairs_.append_rows(file, rows)
             known |= {r["key"]: r for r in rows}
             bar.update(len(part))
     out = []
@@ -219,13 +218,13 @@ def rollouts(model, tokenizer, prompts, n: int, params, cache: str | Path = ROLL
     file = Path(cache) / f"{fingerprint(model)}.jsonl"
     starts = range(0, len(prompts), part)
     keys = {start: hashlib.sha256(f"{what}{prompts[start : start + part]}".encode()).hexdigest() for start in starts}
-    known = {row["key"]: row["drawn"] for row in _lines(file) if row["key"] in set(keys.values())}
+    known = {row["key"]: row["drawn"] for row in pairs_.read_rows(file) if row["key"] in set(keys.values())}
     missing = [start for start in starts if keys[start] not in known]
     engine = rollout.engine(model, tokenizer, params) if missing else None  # one that is not asked would keep its memory
     for start in missing:
         done = engine.generate(prompts[start : start + part], n, p.max_completion, r.temperature, r.top_p, params.seed, r.batch, progress=True)
         known[keys[start]] = [[[c.text, c.finished] for c in mine] for mine in done]
-        _append(file, [{"key": keys[start], "drawn": known[keys[start]]}])
+        pairs_.append_rows(file, [{"key": keys[start], "drawn": known[keys[start]]}])
     return [[rollout.Completion([], [], *c) for c in mine] for key in keys.values() for mine in known[key]]
 
 
@@ -263,40 +262,3 @@ def fingerprint(model) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(flat.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# ---- files
-
-
-def _lines(path: Path, required: bool = False) -> list[dict]:
-    """The rows of a JSONL file; a line that is no JSON object (a half-written last one) is left out and said."""
-    if not path.exists():
-        if required:
-            raise FileNotFoundError(f"{path}: no such file; expected JSON Lines with id, order (ab, ba) and verdict")
-        return []
-    rows, bad = [], 0
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append(row) if isinstance(row, dict) else None
-            bad += not isinstance(row, dict)
-        except ValueError:
-            bad += 1
-    if bad:
-        log.warning("%s: %d unreadable line%s left out; what it held is asked again", path, bad, "s" * (bad > 1))
-    return rows
-
-
-def _append(path: Path, rows: list[dict]):
-    """Add rows to a JSONL file; after a half-written line they start on a new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as f:
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":
-                f.write(b"\n")
-        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
-        f.flush()
-        os.fsync(f.fileno())
