@@ -509,7 +509,7 @@ def excerpt(folder: Path = KEPT) -> str:
     run, lines = collect(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))
     run.source = lines["Data"]
     figures = run.metrics["06_grpo_online"]
-    arms = [a for a in ("cold_start", "outcome", "offline", "online", "human") if f"{a}.core-F1" in figures]
+    arms = [a for a in ("cold_start", "stock_reason", "outcome", "offline", "online", "human") if f"{a}.core-F1" in figures]
     columns = ["core-F1", "core-F1 of right verdicts", "verdict accuracy", "inconsistency"]
     columns = [c for c in columns if f"{arms[0]}.{c}" in figures]
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)

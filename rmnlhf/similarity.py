@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
 from .arguments import Argument, Claim, analyse, ask, extract, extract_many, is_fatal, repetition
-from .pairs import HumanCritique
+from .pairs import OTHER, HumanCritique, PreferencePair, fingerprint
 
 SHARED = 0.5  # two annotators raise the same argument from this match on
 SAID = 0.95  # one critique makes the same point twice from this match on
@@ -264,6 +265,27 @@ def similarity_many(generated, references, kind: str = "core", backend: str = "o
     embed([plain(a.text) for arguments in found.values() for a in arguments or ()])
     merged = {r: None if any(found[t] is None for t in r) else _merge([found[t] for t in r]) for r in dict.fromkeys(texts)}
     return [_one(c, r, found[c], merged[r], kind) for c, r in zip(critiques, texts)]
+
+
+def stock_reason(pairs: Sequence[PreferencePair], candidates: int = 40, sample: int = 100, backend: str = "offline", judge=None) -> str:
+    """The sentence that earns most without a look at the pair: of the most frequent human reasons for these pairs, the one with the
+    highest mean core-F1 over a sample of them. "{better}" and "{worse}" stand for the letters. Raises ValueError where no pair has a critique.
+
+    What a critique must beat: where people often agree on "more detail", saying so of every better response is paid well."""
+    pairs = sorted((p for p in pairs if p.agreeing), key=lambda p: fingerprint("stock", p.id))
+    if not pairs:
+        raise ValueError("stock_reason: none of these pairs has a human critique that agrees with its label")
+    said = Counter(
+        c.text.strip().replace("{", "{{").replace("}", "}}")
+        .replace(f"Response {p.label}", "Response {better}").replace(f"Response {OTHER[p.label]}", "Response {worse}")
+        for p in pairs for c in p.agreeing
+    )  # fmt: skip
+    said = sorted(said, key=lambda t: (-said[t], t))[:candidates]
+    pairs = pairs[:sample]
+    asked = [(t.format(better=p.label, worse=OTHER[p.label]), p.agreeing) for t in said for p in pairs]
+    found = similarity_many([t for t, _ in asked], [r for _, r in asked], "core", backend, judge)
+    earned = np.nanmean(np.reshape([s.f1 for s in found], (len(said), len(pairs))), axis=1)
+    return said[int(np.argmax(earned))]
 
 
 def _one(critique, references, generated, merged, kind):

@@ -15,7 +15,7 @@ from rmnlhf import ROOT, sources
 from rmnlhf import similarity as module
 from rmnlhf.arguments import extract
 from rmnlhf.grm import restore
-from rmnlhf.pairs import HumanCritique, swap_sides
+from rmnlhf.pairs import HumanCritique, PreferencePair, swap_sides
 from rmnlhf.similarity import embed, meta_judge, paper_judge, reference, similarity, similarity_many, stance
 
 PREDICATES = ["gives strong evidence", "is vague", "is well organised", "contains spelling mistakes", "answers the question", "is rude", "cites 3 studies",
@@ -350,3 +350,22 @@ def test_judged_proxies_get_intervals_on_the_rows_that_the_judge_answered(proxie
     assert found["controlled/meta_judge/missing"] == 10 and found["controlled/core_f1/auc"]["n"] == 80
     assert "controlled/core_f1-cosine/rho" in found and "controlled/all_f1-cosine/rho" not in found
     assert found["silent/meta_judge/missing"] == 80 and "silent/meta_judge/auc" not in found, "no answer is no figure"
+
+
+def test_the_stock_reason_is_what_most_people_say_of_the_better_response():
+    """Frequent and shared wins over frequent and said by one; letters follow the label, braces of a text survive."""
+    topics = ["moths", "trains", "glaciers", "violins", "bread", "chess"]
+    pairs = []
+    for i, topic in enumerate(topics):
+        label, other = ("A", "B") if i % 2 else ("B", "A")
+        said = [f"Response {label} gives more details than Response {other}.", f"Response {label} is far more detailed.", "{1} It is good.",
+                f"Response {label} explains {topic} with an example."]  # fmt: skip
+        notes = [HumanCritique(f"w{k}", label, t) for k, t in enumerate(said)]
+        pairs.append(PreferencePair(f"p{i}", "own", f"g{i}", [{"role": "user", "content": f"{topic}?"}], f"On {topic}, one.", "Two.", label, notes))
+    stock = module.stock_reason(pairs)
+    assert stock == "Response {better} gives more details than Response {worse}."
+    assert module.stock_reason(pairs[::-1]) == stock
+    unread = module.stock_reason(pairs[:1], candidates=1)  # all as frequent: the first by its text
+    assert unread.format(better="B", worse="A") == "Response B explains moths with an example."
+    with pytest.raises(ValueError, match="none of these pairs"):
+        module.stock_reason([replace(p, critiques=[]) for p in pairs])
