@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup weights data repro smoke long readme gpu test test-gpu lab bench bench-gpu gpu-check lock clean
+.PHONY: help setup weights data repro smoke long readme gpu test browser test-gpu lab bench bench-gpu gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -52,8 +52,11 @@ gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH=
 	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
 	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
 
-test: data       ## all tests but those that need a GPU
+test: data browser ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests
+browser:         # the report is tested in a real one: in a container apt brings it, elsewhere Selenium finds Chrome or fetches it
+	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; fi || true
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests
 

@@ -297,20 +297,23 @@ def test_held_out_rows_show_the_reward_they_would_earn(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.fail("the report is tested in a real browser: install it with `apt-get install chromium chromium-driver`")
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium and driver:
+        options.binary_location = chromium
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync", "--window-size=1400,1000", "--force-prefers-reduced-motion",
                  f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(driver))
+    try:  # without a path Selenium looks for Chrome and its driver, and fetches them where there is none
+        driver = webdriver.Chrome(options=options, service=Service(driver))
+    except WebDriverException as e:
+        pytest.fail(f"the report is tested in a real browser: install it with `apt-get install chromium chromium-driver` or as Chrome ({e.msg})")
     yield driver
     driver.quit()
 
