@@ -448,6 +448,12 @@ def limits(run: Run, found: list[dict]) -> list[str]:
         out.append(f"{many}: intervals cover the choice of evaluation rows, not the luck of a training run.")
     if (p.get("similarity") or {}).get("backend") == "offline":
         out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
+    stock, own = (run.metrics.get("02_core_similarity", {}).get(f"paid/{k}") or {} for k in ("stock_reason", "annotator_of_the_pair"))
+    if stock and own and stock["mean"] > own["mean"]:
+        out.append(
+            f"One sentence, said of every better response of unseen pairs, earns a core-F1 of {show(stock)}; an annotator's own reason, held "
+            f"against the others of the pair, {show(own)}. Here a process reward pays for what people say most: hold the arms against `stock_reason`."
+        )
     if run.source == "controlled":
         out.append("The pairs are generated: nothing here is about people's critiques.")
     if missing := [s for s in STAGES if s not in run.metrics]:

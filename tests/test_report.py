@@ -471,3 +471,13 @@ def test_readme_figures_are_those_of_the_committed_run():
     assert report.with_excerpt(readme) == readme, "run `make readme`"
     for name in report.SHOWN:
         assert (report.KEPT / "figures" / name).stat().st_size > 10_000
+
+
+def test_the_limits_say_when_one_sentence_earns_more_than_people(tmp_path):
+    folder = make_results(tmp_path / "results")
+    paid = {"paid/stock_reason": {"mean": 0.4, "low": 0.37, "high": 0.43, "n": 90}, "paid/annotator_of_the_pair": {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 90}}
+    (folder / "metrics/02_core_similarity.json").write_text(json.dumps(paid))
+    assert any("core-F1 of 0.400 [0.370, 0.430], n = 90; an annotator's" in line for line in report.limits(report.collect(folder), []))
+    paid["paid/annotator_of_the_pair"]["mean"] = 0.5
+    (folder / "metrics/02_core_similarity.json").write_text(json.dumps(paid))
+    assert not any("stock" in line for line in report.limits(report.collect(folder), []))
