@@ -226,6 +226,7 @@ def resume(s) -> dict:
     import torch
 
     from rmnlhf import grpo, policy, rewards
+    from rmnlhf.pairs import read_rows
 
     grpo.grm.parse_judgement, rewards.process_rewards = tiny.read_anything, tiny.compare_anything
     kept = {}
@@ -244,7 +245,7 @@ def resume(s) -> dict:
             done = run(name)
             from safetensors.torch import load_file
 
-            kept[name] = (load_file(done / "adapter" / "adapter_model.safetensors"), list(grpo.read_rows(done / "metrics.jsonl")))
+            kept[name] = (load_file(done / "adapter" / "adapter_model.safetensors"), list(read_rows(done / "metrics.jsonl")))
     (one, metrics), (other, again) = kept.values()
     same = len(metrics) == len(again) == 3 and metrics == again
     return {

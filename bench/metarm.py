@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rmnlhf import grpo, params
+from rmnlhf.pairs import read_rows
 
 
 def steps(P, n):
@@ -25,7 +26,7 @@ def steps(P, n):
     for arm in ("offline", "online"):
         with tempfile.TemporaryDirectory() as folder:
             run = grpo.train(arm, P, run=Path(folder) / arm)
-            rows = list(grpo.read_rows(run / "timings.jsonl"))[1:]
+            rows = list(read_rows(run / "timings.jsonl"))[1:]
             out[arm] = {k: float(np.mean([r[k] for r in rows])) for k in ("rollout", "reward", "update")}
     return out
 

@@ -147,15 +147,15 @@ def test_two_processes_train_the_policy_that_one_trains(tmp_path):
     """The same rollouts, rewards, losses and weights; MetaRM the same in both; whole checkpoints."""
     from safetensors.torch import load_file
 
-    from rmnlhf import grpo
+    from rmnlhf.pairs import read_rows
 
     launch(trained, str(tmp_path))
     launch(alone, str(tmp_path), 1)
     found = {}
     for name in ("one", "both"):
         run = tmp_path / name
-        rows = sorted(grpo.read_rows(run / "rollouts.jsonl"), key=lambda r: (r["step"], r["pair_id"], r["swap"], r["text"]))
-        found[name] = rows, list(grpo.read_rows(run / "metrics.jsonl")), load_file(run / "adapter" / "adapter_model.safetensors")
+        rows = sorted(read_rows(run / "rollouts.jsonl"), key=lambda r: (r["step"], r["pair_id"], r["swap"], r["text"]))
+        found[name] = rows, list(read_rows(run / "metrics.jsonl")), load_file(run / "adapter" / "adapter_model.safetensors")
         assert not list(run.rglob("*.part")) and len(grpo.checkpoints(run)) == grpo.KEPT
     (rows, metrics, weights), (other_rows, other_metrics, other_weights) = found.values()
     for key in ("step", "pair_id", "text"):

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from rmnlhf import grpo, policy, rollout, shared_prefix
+from rmnlhf.pairs import read_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PROMPTS = [list(range(100, 250)), [200, 201, 202]]
@@ -97,6 +98,6 @@ def test_a_run_trains_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
     monkeypatch.setattr(grpo.rewards, "process_rewards", tiny.compare_anything)
     run = tiny.train(tmp_path / "run", model_=tiny.model(lora=True).cuda())
-    rows = list(grpo.read_rows(run / "metrics.jsonl"))
+    rows = list(read_rows(run / "metrics.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["loss"] == r["loss"] for r in rows)
     assert grpo.checkpoints(run) and (run / "adapter" / "adapter_model.safetensors").exists()
