@@ -147,6 +147,7 @@ def test_two_processes_train_the_policy_that_one_trains(tmp_path):
     """The same rollouts, rewards, losses and weights; MetaRM the same in both; whole checkpoints."""
     from safetensors.torch import load_file
 
+    from rmnlhf import grpo
     from rmnlhf.pairs import read_rows
 
     launch(trained, str(tmp_path))
