@@ -49,6 +49,8 @@ long: data       ## the figures of the README: more steps, more rows; resumes
 readme: $(READY) ## README's figures from results/, a run of `make long` (docs/long keeps what they are read from)
 	@$(BIN)/python -m rmnlhf.report
 gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU: profile gpu needs one, and a driver for CUDA " + str(torch.version.cuda))'
+	@RMNLHF_PROFILE=gpu $(BIN)/python -m rmnlhf.judge
 	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
 	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
 

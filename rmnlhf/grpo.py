@@ -205,6 +205,9 @@ class Trainer(GRPOTrainer):
     def __init__(self, *args, encoded: dict[str, list[int]], engine, run: Path, params, beta: float, seed: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.encoded, self.engine, self.run, self.params, self.run_seed = encoded, engine, Path(run), params, seed
+        for weight in self.model.parameters():
+            if weight.requires_grad and hasattr(self.model, "peft_config"):  # trl makes them bf16 beside 4-bit weights, where a small step rounds to none
+                weight.data = weight.data.float()
         self.kl = beta  # the reference is the adapter switched off: trl, told of beta, would keep a second adapter for it
         self.packed = params.grpo.shared_prefix and shared_prefix.prepare(self.model)
         self.reward = self.reward_funcs[0]
@@ -311,10 +314,11 @@ class Trainer(GRPOTrainer):
         kept = live[of] & (inputs["completion_mask"].sum(1) > 0)  # a reward at its group's mean still has a KL term
         packs, room, group = [], 0, None
         for i in kept.nonzero()[:, 0].tolist():
-            if not self.packed:  # padded: each row is as wide as the longest prompt and the longest completion beside it
+            if not self.packed:  # padded: each row is as wide as the longest completion beside it. One prompt: no padding on the left, which
+                # Unsloth's kernels would attend to while they train
                 rows = [*(packs[-1] if packs else ()), i]
                 wide = (max(prompt[r] for r in rows) + max(lengths[r] for r in rows)) * len(rows)
-                if not packs or wide > self.params.grpo.token_budget:
+                if not packs or wide > self.params.grpo.token_budget or i // self.num_generations != packs[-1][-1] // self.num_generations:
                     packs.append([])
                 packs[-1].append(i)
                 continue
@@ -609,6 +613,7 @@ def _finish(run: Path, trainer: Trainer, metarm):
 
 def _launch(arm: str, params, seed: int, run: Path) -> Path:
     """Train in the processes that $RMNLHF_LAUNCH starts, such as "accelerate launch --num_processes 4"; on results/splits."""
+    policy.free()  # what this process has used and no longer needs: one of the others trains on the same card
     file = run.parent / f"{run.name}.params.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(params.model_dump(), sort_keys=False), encoding="utf-8")

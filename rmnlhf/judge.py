@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -401,6 +402,24 @@ class Judge:
                 return
 
 
+def main():
+    """Ask the judge of $RMNLHF_PROFILE one question: a wrong address, key or model is told now, not after hours."""
+    from .params import load
+
+    params = load(profile=os.environ.get("RMNLHF_PROFILE") or None)
+    judge = of(params)
+    if judge is None or params.judge.kind != "endpoint" or params.judge.replay_only:
+        return
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"], "additionalProperties": False}
+    try:
+        (said,) = judge.ask([[{"role": "user", "content": f"Answer with yes: true. ({time.time()})"}]], schema)
+    except JudgeError as e:
+        sys.exit(f"judge: {e}")
+    if said is None:
+        sys.exit(f"judge {params.judge.model}: no readable answer to a plain question ({', '.join(judge.usage.missing)}): see section judge of params.yaml")
+    print(f"judge {params.judge.model}: it answers")
+
+
 def _validator(schema: dict):
     from jsonschema import Draft202012Validator  # here: it takes longer to import than the rest of this module
 
@@ -450,3 +469,7 @@ def _retry_after(headers) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return 0.0
+
+
+if __name__ == "__main__":
+    main()

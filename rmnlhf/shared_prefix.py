@@ -140,8 +140,10 @@ def block_mask(p: Packed):
     """The same for flex attention, which skips blocks of tokens that nobody sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    group, branch = p.group, p.branch  # not p itself: what is compiled for one pack then serves the next
+
     def seen(batch, head, q, k):
-        return (q >= k) & (p.group[q] == p.group[k]) & ((p.branch[k] == 0) | (p.branch[q] == p.branch[k]))
+        return (q >= k) & (group[q] == group[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
 
     n = len(p.group)
     return create_block_mask(seen, None, None, n, n, device=p.group.device)
@@ -272,6 +274,8 @@ def prepare(model) -> bool:
     reason = None
     model.eval()
     setattr(base, BY_CHUNKS, False)
+    if model.device.type == "cuda":  # after too many recompilations torch would run flex attention without its kernel, which holds all scores
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     try:
         if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
             raise NotImplementedError("its attention has a sliding window")

@@ -24,7 +24,7 @@ def exact():
 
 
 def on(device):
-    model = tiny.model(lora=True).to(device)
+    model = tiny.model(lora=True, hidden=128).to(device)
     assert shared_prefix.prepare(model)
     return model
 
@@ -54,7 +54,7 @@ def test_many_lengths_stay_right():
 
 
 def test_rollouts_are_those_of_the_cpu():
-    tokenizer, model = tiny.tokenizer(), tiny.model(lora=True).eval()
+    tokenizer, model = tiny.tokenizer(), tiny.model(lora=True, hidden=128).eval()
     twin = copy.deepcopy(model).cuda()
     one, other = (rollout.generate(m, tokenizer, PROMPTS, 3, 12, 0.0, dtype=torch.float32) for m in (model, twin))
     assert [[c.ids for c in g] for g in one] == [[c.ids for c in g] for g in other]
@@ -64,7 +64,7 @@ def test_rollouts_are_those_of_the_cpu():
 def test_the_engine_follows_the_policy(name, tmp_path):
     if name == "vllm":
         pytest.importorskip("vllm")
-    tokenizer, base = tiny.tokenizer(), tiny.model()
+    tokenizer, base = tiny.tokenizer(), tiny.model(hidden=128)
     base.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = tiny.settings(**{"rollout.engine": name, "policy.model": tmp_path, "policy.backend": "transformers"})
@@ -83,21 +83,23 @@ def test_the_engine_follows_the_policy(name, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="unsloth is not installed")
 def test_unsloth_loads_a_folder_and_its_adapter(tmp_path):
-    tiny.model().save_pretrained(tmp_path / "base")
+    tiny.model(hidden=128).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     settings = tiny.settings(**{"policy.model": tmp_path / "base", "policy.backend": "unsloth", "policy.dtype": "bfloat16"})
     model, _ = policy.load(settings, trainable=True)
     model.save_pretrained(tmp_path / "adapter")
     again, _ = policy.load(settings, adapter=tmp_path / "adapter")
-    ids = torch.tensor([PROMPTS[1]], device="cuda")
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=0.1, rtol=0.1)
+    # weights, not outputs: Unsloth has replaced the attention of the whole class, and a plain model of it runs no more in this process
+    one, other = ({n: w.float().cpu() for n, w in m.named_parameters() if "lora_" in n} for m in (model, again))
+    assert one and one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, atol=0, rtol=2**-7)
 
 
 def test_a_run_trains_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
     monkeypatch.setattr(grpo.rewards, "process_rewards", tiny.compare_anything)
-    run = tiny.train(tmp_path / "run", model_=tiny.model(lora=True).cuda())
+    run = tiny.train(tmp_path / "run", model_=tiny.model(lora=True, hidden=128).cuda())
     rows = list(read_rows(run / "metrics.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["loss"] == r["loss"] for r in rows)
     assert grpo.checkpoints(run) and (run / "adapter" / "adapter_model.safetensors").exists()

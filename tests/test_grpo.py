@@ -137,6 +137,7 @@ def test_padded_packs_keep_the_budget_too_and_the_gradient(tokenizer, tmp_path, 
         part = grpo.trimmed({k: v[index] if torch.is_tensor(v) and v.ndim else v for k, v in inputs.items()})
         width = part["prompt_ids"].shape[1] + part["completion_ids"].shape[1]
         assert len(index) * width <= budget or len(index) == 1
+        assert len({int(i) // 4 for i in index}) == 1, "one prompt, so no padding on its left"
         assert part["prompt_mask"].any(0).all() and part["completion_mask"].any(0).all()
         ours.model.zero_grad()
         loss = ours.pack_loss(ours.model, part)

@@ -544,3 +544,30 @@ def test_the_llm_backend_finds_its_judge_wherever_critiques_are_compared(monkeyp
     assert len(asked) == 3 and len(set(map(id, asked))) == 1 and asked[0].section == settings.judge
     assert module.of(tiny.settings()) is None
     module._shared.cache_clear()
+
+
+def test_a_long_run_asks_its_judge_first(tmp_path, monkeypatch, capsys):
+    """`make gpu`: a wrong address or key ends it in seconds, in the judge's own words."""
+    from rmnlhf import params
+
+    over = ["similarity.backend=llm", f"judge.model={MODEL}", f"judge.cache={tmp_path}", "judge.retries=0", "judge.timeout=5"]
+    settings = params.load(ROOT / "params.yaml", "smoke", over)
+    monkeypatch.setattr(params, "load", lambda profile=None: settings)
+    monkeypatch.setenv(settings.judge.key_env, "k")
+    monkeypatch.delenv(settings.judge.base_url_env, raising=False)
+    with pytest.raises(SystemExit, match=settings.judge.base_url_env):
+        module.main()
+    for behave, said in ((lambda n, b: completion("perhaps"), "no readable answer"), (lambda n, b: (401, {"error": "bad key"}, {}), "401|key")):
+        endpoint = Endpoint(behave)
+        monkeypatch.setenv(settings.judge.base_url_env, endpoint.url)
+        module._shared.cache_clear()
+        with pytest.raises(SystemExit, match=said):
+            module.main()
+        endpoint.shutdown()
+    endpoint = Endpoint(lambda n, b: completion('{"yes": true}'))
+    monkeypatch.setenv(settings.judge.base_url_env, endpoint.url)
+    module._shared.cache_clear()
+    module.main()
+    assert "it answers" in capsys.readouterr().out and len(endpoint.seen) == 1
+    endpoint.shutdown()
+    module._shared.cache_clear()

@@ -91,6 +91,9 @@ def test_wrong_files_are_refused(tmp_path, write):
 def test_impossible_combinations_are_refused():
     with pytest.raises(params.ParamsError, match="max_completion of at least 256"):
         params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
+    with pytest.raises(params.ParamsError, match="MetaRM on the same base cannot run.*metarm.base=minilm"):
+        params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth"])
+    assert params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth", "metarm.base=minilm", "metarm.tune=head"]).metarm.base == "minilm"
     with pytest.raises(params.ParamsError, match="is over 1"):
         params.load(ROOT / "params.yaml", overrides=["cold_start.controlled_share=0.7", "cold_start.mr_ben_share=0.7"])
 

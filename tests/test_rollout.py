@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from rmnlhf import policy, rollout
+from rmnlhf.benchmarks import runner
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,19 @@ def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenize
     auto = tiny.settings(**{"rollout.engine": "auto"})
     assert isinstance(rollout.engine(first, tokenizer, auto), rollout.VllmEngine)
     assert isinstance(rollout.engine(other, tokenizer, auto), rollout.TransformersEngine) and "another/base" in caplog.text
+
+
+def test_auto_in_one_of_several_processes_is_the_server_or_transformers(vllm, model, tokenizer, monkeypatch):
+    """vLLM cannot run inside each of them: `make gpu LAUNCH=...` must not find that out after hours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rollout, "PartialState", lambda **k: types.SimpleNamespace(num_processes=2))
+    monkeypatch.delenv("RMNLHF_ROLLOUT_URL", raising=False)
+    auto = tiny.settings(**{"rollout.engine": "auto"})
+    assert rollout.chosen(model, auto) == "transformers"
+    monkeypatch.setenv("RMNLHF_ROLLOUT_URL", "http://127.0.0.1:1")
+    assert rollout.chosen(model, auto) == "server"
+    monkeypatch.setattr(rollout, "engine", lambda *a: types.SimpleNamespace(generate="the server's"))
+    assert runner._generate(model, tokenizer, auto) == "the server's", "benchmarks ask it too"
 
 
 def test_weights_in_four_bits_are_not_given_to_vllm(vllm, model, tokenizer, monkeypatch):

@@ -14,10 +14,10 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(policy.prepare("smollm2-135m"))
 
 
-def model(lora: bool = False, seed: int = 0):
+def model(lora: bool = False, seed: int = 0, hidden: int = 32):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=49152, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     out = LlamaForCausalLM(config)

@@ -29,6 +29,7 @@ from rmnlhf.pairs import PreferencePair
 CACHE = Path(".cache/judgements")
 ROLLOUTS = Path(".cache/rollouts")
 ORDERS = ("ab", "ba")
+VLLM = ("vllm", "server")  # engines that schedule by themselves
 MISSING = "missing"  # a call that failed: not a wrong answer
 
 
@@ -184,7 +185,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
     known = {r["key"]: r for r in pairs_.read_rows(file)}
     todo = {k: ids for k, ids in zip(keys, prompts) if k not in known}
     queue = sorted(todo, key=lambda k: (-len(todo[k]), k))  # alike lengths together, whatever order they came in
-    size = max(1, (1024 if name == "vllm" else r.batch) // votes)  # vLLM schedules by itself, and each call wakes it
+    size = max(1, (1024 if name in VLLM else r.batch) // votes)  # vLLM schedules by itself, and each call wakes it
     generate = _generate(model, tokenizer, params) if queue else None
     with tqdm(total=len(queue), desc="judge", disable=len(queue) < 2, leave=False) as bar:
         for start in range(0, len(queue), size):
@@ -235,8 +236,8 @@ def _engine(model, params) -> tuple:
 
     from rmnlhf import rollout
 
-    if rollout.chosen(model, params) == "vllm":
-        return "vllm", torch.bfloat16
+    if (name := rollout.chosen(model, params)) in VLLM:
+        return name, torch.bfloat16
     # bf16 rounds differently in batches of another size: 3 of 24 greedy completions changed with it, none in fp32. So a CPU,
     # where fp32 costs little at this size, judges in fp32
     return "transformers", torch.float32 if model.device.type == "cpu" else rollout.fast_dtype(model)
@@ -247,8 +248,8 @@ def _generate(model, tokenizer, params) -> Callable:
     from rmnlhf import rollout
 
     name, dtype = _engine(model, params)
-    if name == "vllm":
-        return rollout.engine(model, tokenizer, params).generate  # the process's one vLLM, which training uses too
+    if name in VLLM:
+        return rollout.engine(model, tokenizer, params).generate  # the process's one vLLM or server, which training uses too
     return rollout.TransformersEngine(model, tokenizer, dtype).generate
 
 
