@@ -277,7 +277,7 @@ BARS = {
     "updates.ratio": ("at least", 2.5, True), "step.ratio": ("at least", 3, True), "vllm.logprobs_off": ("at most", 0.06, True),
     "updates.peak_ratio": ("at most", 0.6, True), "updates.flop_share": ("at least", 0.35, True),
     "rollouts.ratio_together": ("at least", 1.3, True), "rollouts.logprobs_off_after_sync": ("at most", 0.06, True), "smollm2.logprobs_off": ("at most", 0.06, True),
-    "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
+    "unsloth.logits_off": ("at most", 0.06, True), "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
 }  # fmt: skip
 PARTS = (machine, mask, cpu_equal, gradients, updates, step, rollouts, smollm2, metarm, resume, unsloth, vllm)
 

@@ -283,6 +283,8 @@ def small_params(folder: str, **overrides):
         "similarity.backend": "offline", "metarm.max_length": 512, "grpo.steps": 3, "grpo.prompts": 2, "grpo.group": 4, "grpo.save_every": 1,
         "grpo.token_budget": 8192, "rollout.engine": "transformers", "rollout.temperature": 1.0,
     } | overrides  # fmt: skip
+    if base["policy.backend"] == "unsloth":
+        base |= {"metarm.base": "minilm", "metarm.tune": "head"}
     return params.load(ROOT / "params.yaml", "gpu", [f"{k}={v}" for k, v in base.items()])
 
 

@@ -57,6 +57,11 @@ def test_a_case_that_hangs_is_recorded(tmp_path):
     assert gpu_common.alone(str(script), seconds=3) == {"failed": "not done after 3 s: at layer 3\n"}
 
 
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_the_parameters_of_each_backend_are_possible(backend, tmp_path):
+    assert gpu_common.small_params(str(tmp_path), **{"policy.backend": backend}).policy.backend == backend
+
+
 def test_the_whole_step_is_held_to_its_bar():
     import gpu_check
 
