@@ -17,7 +17,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
@@ -65,14 +64,16 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=80, temperature=0.7,
 
 def engine(model, tokenizer, params):
     """The engine that `params.rollout.engine` names, with `model`'s weights; "auto" is vLLM where it is installed beside a GPU and
-    can serve this model (not in 4 bits, no other base model served by this process), else Transformers. In one of several processes it is the
-    server at $RMNLHF_ROLLOUT_URL, or Transformers where none is named.
+    can serve this model (not in 4 bits, no other base model served by this process), else Transformers. In one of several
+    processes it is the server at $RMNLHF_ROLLOUT_URL, or Transformers where none is named.
 
     vLLM is started once in a process and takes over each model's weights; so what was returned for an earlier model is no longer
     its engine. Raises RuntimeError where vLLM would have to serve a second base model, or run inside one of several processes."""
     name, key = chosen(model, params), _served(model, params)
     if name == "transformers":
         return TransformersEngine(model, tokenizer)
+    from accelerate import PartialState
+
     if name == "server":
         key = ("server",)
     elif (n := PartialState(cpu=not torch.cuda.is_available()).num_processes) > 1:
@@ -104,6 +105,8 @@ def chosen(model, params) -> str:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     if not torch.cuda.is_available() or not importlib.util.find_spec("vllm") or getattr(base, "is_quantized", False):
         return "transformers"
+    from accelerate import PartialState  # here: a bare machine that only decodes has none
+
     if PartialState(cpu=False).num_processes > 1:  # vLLM cannot run inside each of them
         return "server" if os.environ.get("RMNLHF_ROLLOUT_URL") else "transformers"
     key = _served(model, params)
@@ -504,6 +507,8 @@ class VllmServer:
     The first process sends the merged weights; each asks for its own prompts. How to start the server: README, GPU."""
 
     def __init__(self, model, tokenizer, params):
+        from accelerate import PartialState
+
         if not (url := os.environ.get("RMNLHF_ROLLOUT_URL")):
             raise ValueError("rollout.engine is server: name its address in RMNLHF_ROLLOUT_URL (http://host:port), or set another engine")
         from trl.generation.vllm_client import VLLMClient

@@ -264,7 +264,7 @@ def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenize
 def test_auto_in_one_of_several_processes_is_the_server_or_transformers(vllm, model, tokenizer, monkeypatch):
     """vLLM cannot run inside each of them: `make gpu LAUNCH=...` must not find that out after hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(rollout, "PartialState", lambda **k: types.SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("accelerate.PartialState", lambda **k: types.SimpleNamespace(num_processes=2))
     monkeypatch.delenv("RMNLHF_ROLLOUT_URL", raising=False)
     auto = tiny.settings(**{"rollout.engine": "auto"})
     assert rollout.chosen(model, auto) == "transformers"
