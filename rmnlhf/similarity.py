@@ -267,7 +267,7 @@ def similarity_many(generated, references, kind: str = "core", backend: str = "o
     return [_one(c, r, found[c], merged[r], kind) for c, r in zip(critiques, texts)]
 
 
-def stock_reason(pairs: Sequence[PreferencePair], candidates: int = 40, sample: int = 100, backend: str = "offline", judge=None) -> str:
+def stock_reason(pairs: Sequence[PreferencePair], candidates: int = 20, sample: int = 100, backend: str = "offline", judge=None) -> str:
     """The sentence that earns most without a look at the pair: of the most frequent human reasons for these pairs, the one with the
     highest mean core-F1 over a sample of them. "{better}" and "{worse}" stand for the letters. Raises ValueError where no pair has a critique.
 
