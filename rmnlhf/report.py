@@ -449,7 +449,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
     if (p.get("similarity") or {}).get("backend") == "offline":
         out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
     stock, own = (run.metrics.get("02_core_similarity", {}).get(f"paid/{k}") or {} for k in ("stock_reason", "annotator_of_the_pair"))
-    if stock and own and stock["mean"] > own["mean"]:
+    if stock and own and stock["low"] > own["high"]:
         out.append(
             f"One sentence, said of every better response of unseen pairs, earns a core-F1 of {show(stock)}; an annotator's own reason, held "
             f"against the others of the pair, {show(own)}. Here a process reward pays for what people say most: hold the arms against `stock_reason`."
@@ -489,7 +489,7 @@ def model_card(params, adapter: str | Path, results: str | Path = "results") -> 
 # ---- README --------------------------------------------------------------------------------------------------------------
 
 KEPT = ROOT / "docs" / "long"  # metrics, parameters and main figures of the run that README shows
-SHOWN = {"06_arms.png": "core-F1 of all and of right verdicts, verdict accuracy and inconsistency of each arm", "09_learning_curves.png": "learning curves"}
+SHOWN = {"06_arms.png": "critiques, verdicts and inconsistency of each arm", "09_learning_curves.png": "learning curves"}
 BLOCK = re.compile(r"(<!-- run of profile long: made by `make readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -107,8 +107,11 @@ def chosen(model, params) -> str:
         return "transformers"
     from accelerate import PartialState  # here: a bare machine that only decodes has none
 
-    if PartialState(cpu=False).num_processes > 1:  # vLLM cannot run inside each of them
-        return "server" if os.environ.get("RMNLHF_ROLLOUT_URL") else "transformers"
+    if (n := PartialState(cpu=False).num_processes) > 1:  # vLLM cannot run inside each of them
+        if os.environ.get("RMNLHF_ROLLOUT_URL"):
+            return "server"
+        log.warning("rollouts by Transformers in each of %d processes, much slower than vLLM: start one server and name it in RMNLHF_ROLLOUT_URL", n)
+        return "transformers"
     key = _served(model, params)
     if _vllm and key not in _vllm:
         log.warning("vLLM of this process serves %s: rollouts of %s are made by Transformers", next(iter(_vllm))[0], key[0])

@@ -284,7 +284,9 @@ def stock_reason(pairs: Sequence[PreferencePair], candidates: int = 20, sample: 
     pairs = pairs[:sample]
     asked = [(t.format(better=p.label, worse=OTHER[p.label]), p.agreeing) for t in said for p in pairs]
     found = similarity_many([t for t, _ in asked], [r for _, r in asked], "core", backend, judge)
-    earned = np.nanmean(np.reshape([s.f1 for s in found], (len(said), len(pairs))), axis=1)
+    f1 = np.reshape([s.f1 for s in found], (len(said), len(pairs)))
+    known = np.isfinite(f1)  # a judge's failed call is missing
+    earned = np.where(known, f1, 0.0).sum(1) / np.maximum(1, known.sum(1))
     return said[int(np.argmax(earned))]
 
 

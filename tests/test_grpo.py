@@ -67,6 +67,21 @@ def trainer(tokenizer, tmp_path, packed=True, beta=0.04, **overrides):
     return out
 
 
+def test_adapters_train_in_float32_whatever_they_came_in(tokenizer, tmp_path, monkeypatch):
+    """trl makes them bf16 beside 4-bit weights: there a step of 1e-5 rounds to none."""
+    plain = tiny.model
+
+    def half(**k):
+        model = plain(**k)
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.bfloat16() if "lora_" in name else weight.data
+        return model
+
+    monkeypatch.setattr(tiny, "model", half)
+    weights = [w for w in trainer(tokenizer, tmp_path).model.parameters() if w.requires_grad]
+    assert weights and all(w.dtype == torch.float32 for w in weights)
+
+
 def gradient(trainer, inputs, rows=None):
     """(loss, gradient as one vector) of the batch, through trl's loss."""
     trainer.model.train()

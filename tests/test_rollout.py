@@ -261,13 +261,13 @@ def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenize
     assert isinstance(rollout.engine(other, tokenizer, auto), rollout.TransformersEngine) and "another/base" in caplog.text
 
 
-def test_auto_in_one_of_several_processes_is_the_server_or_transformers(vllm, model, tokenizer, monkeypatch):
+def test_auto_in_one_of_several_processes_is_the_server_or_transformers(vllm, model, tokenizer, monkeypatch, caplog):
     """vLLM cannot run inside each of them: `make gpu LAUNCH=...` must not find that out after hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("accelerate.PartialState", lambda **k: types.SimpleNamespace(num_processes=2))
     monkeypatch.delenv("RMNLHF_ROLLOUT_URL", raising=False)
     auto = tiny.settings(**{"rollout.engine": "auto"})
-    assert rollout.chosen(model, auto) == "transformers"
+    assert rollout.chosen(model, auto) == "transformers" and "each of 2 processes" in caplog.text
     monkeypatch.setenv("RMNLHF_ROLLOUT_URL", "http://127.0.0.1:1")
     assert rollout.chosen(model, auto) == "server"
     monkeypatch.setattr(rollout, "engine", lambda *a: types.SimpleNamespace(generate="the server's"))

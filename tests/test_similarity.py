@@ -352,7 +352,7 @@ def test_judged_proxies_get_intervals_on_the_rows_that_the_judge_answered(proxie
     assert found["silent/meta_judge/missing"] == 80 and "silent/meta_judge/auc" not in found, "no answer is no figure"
 
 
-def test_the_stock_reason_is_what_most_people_say_of_the_better_response():
+def test_the_stock_reason_is_what_most_people_say_of_the_better_response(monkeypatch):
     """Frequent and shared wins over frequent and said by one; letters follow the label, braces of a text survive."""
     topics = ["moths", "trains", "glaciers", "violins", "bread", "chess"]
     pairs = []
@@ -367,5 +367,8 @@ def test_the_stock_reason_is_what_most_people_say_of_the_better_response():
     assert module.stock_reason(pairs[::-1]) == stock
     unread = module.stock_reason(pairs[:1], candidates=1)  # all as frequent: the first by its text
     assert unread.format(better="B", worse="A") == "Response B explains moths with an example."
+    half = lambda *a, **k: [module.Similarity(1, 1, math.nan if i < len(pairs) else 0.5) for i in range(len(a[0]))]  # noqa: E731
+    monkeypatch.setattr(module, "similarity_many", half)  # the judge failed on all of the first candidate
+    assert module.stock_reason(pairs) == "Response {better} is far more detailed."
     with pytest.raises(ValueError, match="none of these pairs"):
         module.stock_reason([replace(p, critiques=[]) for p in pairs])
