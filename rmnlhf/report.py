@@ -113,6 +113,23 @@ def collect(results: str | Path = "results") -> Run:
     return run
 
 
+def untraced(results: str | Path = "results") -> dict[str, list[str]]:
+    """{table: its columns that hold a figure which no metrics file of the run holds, to 1e-6}; a run's own metrics.jsonl and
+    drift.jsonl count. Empty: every figure of the report traces to a metrics file."""
+    folder, known, lost = Path(results), set(), {}
+    keep = lambda text: known.add(round(float(text), 6))  # noqa: E731
+    for path in [*folder.glob("metrics/*.json"), *folder.glob("runs/*/metrics.jsonl"), *folder.glob("runs/*/drift.jsonl")]:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]:
+            json.loads(line, parse_float=keep, parse_int=keep)
+    for path in sorted(folder.glob("tables/*.csv")):
+        header, rows = _table(path.read_bytes())
+        for row in rows:
+            for column, cell in zip(header, row):
+                if re.fullmatch(r"-?\d[\d.]*(e-?\d+)?", cell) and not any(round(float(cell) + d, 6) in known for d in (0, -1e-6, 1e-6)):
+                    lost.setdefault(path.stem, set()).add(column)
+    return {name: sorted(columns) for name, columns in lost.items()}
+
+
 def _metrics(raw: bytes) -> dict:
     data = json.loads(raw)
     if not isinstance(data, dict):
@@ -453,6 +470,12 @@ def limits(run: Run, found: list[dict]) -> list[str]:
         out.append(
             f"One sentence, said of every better response of unseen pairs, earns a core-F1 of {show(stock)}; an annotator's own reason, held "
             f"against the others of the pair, {show(own)}. Here a process reward pays for what people say most: hold the arms against `stock_reason`."
+        )
+    grpo = run.metrics.get("05_grpo_offline", {})
+    if lost := grpo.get("hidden_pairs.without_critique"):
+        out.append(
+            f"No one has written a critique of {lost} of the {grpo['hidden_pairs.all']} hidden pairs: arm `human` earns no process reward there, "
+            "so it is no upper bound, and shares of its gap to `outcome` mean little."
         )
     if run.source == "controlled":
         out.append("The pairs are generated: nothing here is about people's critiques.")

@@ -104,6 +104,17 @@ def holm(pvalues) -> np.ndarray:
     return out
 
 
+def tree(frame, *keys: str) -> dict:
+    """{value of the first key: {value of the second: … {column: cell}}} of a table, as a metrics file holds it; NaN as None."""
+    out = {}
+    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
+        here = out
+        for key in keys:
+            here = here.setdefault(str(row.pop(key)), {})
+        here |= {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+    return out
+
+
 def save(name: str, metrics: dict, folder: str | Path = "results/metrics") -> Path:
     """Write a notebook's figures to <folder>/<name>.json, by rename; returns the path. A figure that is not finite is null."""
     path = Path(folder) / f"{name}.json"

@@ -174,6 +174,18 @@ def test_figures_trace_to_file_and_key(tmp_path):
     assert page.count("data:image/png;base64,") == 1 and "figures/01_inconsistency.png" in page
 
 
+def test_a_figure_of_a_table_without_a_metrics_file_is_found(tmp_path):
+    for name in ("metrics", "tables", "runs/human"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "metrics/04_metarm.json").write_text('{"a": {"mean": 0.25, "n": 12}, "list": [3.5e-05], "flag": true}')
+    (tmp_path / "runs/human/metrics.jsonl").write_text('{"step": 1, "kl": 0.0031}\n{"step": 2, "kl": -0.002}\n')
+    (tmp_path / "tables/04_t.csv").write_text("name,mean,n,kl,step\ntext 7,0.2500004,12,-0.002,2\n\"a, b\",,12,3.5e-05,1\n")
+    assert report.untraced(tmp_path) == {}
+    with (tmp_path / "tables/04_t.csv").open("a") as file:
+        file.write("c,0.26,13,,\n")
+    assert report.untraced(tmp_path) == {"04_t": ["mean", "n"]}
+
+
 def test_a_stage_that_did_not_run_is_said_to_be_missing(tmp_path):
     page = report.build(make_results(tmp_path / "results")).read_text()
     for stage in report.STAGES:
@@ -471,6 +483,11 @@ def test_readme_figures_are_those_of_the_committed_run():
     assert report.with_excerpt(readme) == readme, "run `make readme`"
     for name in report.SHOWN:
         assert (report.KEPT / "figures" / name).stat().st_size > 10_000
+
+
+def test_the_limits_say_when_the_human_arm_is_no_upper_bound():
+    said = lambda lost: " ".join(report.limits(report.Run(None, metrics={"05_grpo_offline": {"hidden_pairs.all": 9, "hidden_pairs.without_critique": lost}}), []))  # noqa: E731
+    assert "critique of 7 of the 9 hidden pairs" in said(7) and "upper bound" not in said(0)
 
 
 def test_the_limits_say_when_one_sentence_earns_more_than_people(tmp_path):

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from rmnlhf import stats
@@ -105,3 +106,8 @@ def test_holm():
     adjusted = stats.holm([0.01, np.nan, 0.02])
     assert adjusted[[0, 2]] == pytest.approx([0.02, 0.02]) and np.isnan(adjusted[1])
     assert len(stats.holm([])) == 0
+
+
+def test_a_table_as_the_tree_of_a_metrics_file():
+    table = pd.DataFrame({"set": ["x", "x", "y"], "k": [2, 3, 2], "mean": [0.12345678, np.nan, 1.0], "n": [4, 5, 6]})
+    assert stats.tree(table, "set", "k") == {"x": {"2": {"mean": 0.123457, "n": 4}, "3": {"mean": None, "n": 5}}, "y": {"2": {"mean": 1.0, "n": 6}}}
