@@ -17,7 +17,7 @@ TASK = (
     "Which response is better? Give the decisive reasons between <critics> and </critics>, "
     "then your choice as <choice>[[A]]</choice> or <choice>[[B]]</choice>."
 )
-THINK = " Think first, between <think> and </think>."
+THINK = " Think first, between <think> and </think>; then keep the reasons within 4 lines and 1500 characters."  # the limits of `grm`
 CUT = " […] "
 
 

@@ -154,6 +154,7 @@ class Grpo(Section):
 
 class Evaluation(Section):
     pairs: Positive
+    temperature: Annotated[float, Field(ge=0)]
     bootstrap: Annotated[int, Field(ge=100)]
 
 
@@ -197,6 +198,8 @@ class Params(Section):
     def _possible(self):
         if self.grm.think and self.policy.max_completion < 256:
             raise ValueError("grm.think needs policy.max_completion of at least 256: a think block would be cut before the verdict")
+        if self.grm.think and (self.grm.max_lines < 4 or self.grm.max_chars < 1500):
+            raise ValueError("grm.max_lines below 4 or grm.max_chars below 1500: with grm.think the prompt (grm.THINK) allows that much")
         if self.policy.load_in_4bit and self.profile != "gpu":
             raise ValueError("policy.load_in_4bit needs a GPU: use profile gpu")
         if self.policy.load_in_4bit and self.rollout.engine in ("vllm", "server"):

@@ -461,17 +461,18 @@ class VllmEngine:
             max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=params.rollout.gpu_memory,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
-        self.asleep = False
+        self.asleep: list[str] = []  # parts of its memory
 
-    def _wake(self):
-        if self.asleep:
+    def _wake(self, *parts):
+        """Weights alone are awake while new ones come, whose merged copies need room; its cache when it generates."""
+        if tags := [part for part in self.asleep if part in parts]:
             free()  # vLLM maps its memory beside what torch keeps
-            self.llm.wake_up()
-            self.asleep = False
+            self.llm.wake_up(tags)
+            self.asleep = [part for part in self.asleep if part not in tags]
 
     def sync(self, model):
         """Take over `model`'s weights, its adapter merged."""
-        self._wake()
+        self._wake("weights")
         weights = merged_weights(model, torch.bfloat16)  # one by one: all of them are as large as the model
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()
@@ -487,11 +488,11 @@ class VllmEngine:
             )
             for number in _numbers(prompts, seed)
         ]  # fmt: skip
-        self._wake()
+        self._wake("weights", "kv_cache")
         got = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=progress)
         if not self.cpu:  # its memory is the update's now
             self.llm.sleep(level=1)
-            self.asleep = True
+            self.asleep = ["weights", "kv_cache"]
         return [
             [
                 Completion(
@@ -524,8 +525,8 @@ class VllmServer:
     def sync(self, model):
         """Send `model`'s weights, its adapter merged. Processes that ask for completions wait for the first one themselves."""
         if self.state.is_main_process:
-            weights = list(merged_weights(model, torch.bfloat16))
-            self.client.update_named_params([(k, "bfloat16", list(w.shape)) for k, w in weights], iter(weights))
+            sent = [(k, "bfloat16", list(w.shape)) for k, w in merged_weights(model, torch.bfloat16)]  # merged twice: all at once are a second model
+            self.client.update_named_params(sent, merged_weights(model, torch.bfloat16))
             self.client.reset_prefix_cache()
 
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):

@@ -258,7 +258,7 @@ def _shingles(text: str) -> set[int]:
     return {zlib.crc32(text[i : i + SHINGLE].encode()) for i in range(max(1, len(text) - SHINGLE + 1))}
 
 
-@lru_cache(maxsize=50_000)
+@lru_cache(maxsize=400_000)  # 60,000 pairs as pair, prompt and two responses; some 2 KB each
 def _sketch(text: str) -> MinHash:
     sketch = MinHash(num_perm=128, hashfunc=int)
     sketch.update_batch(list(_shingles(text)))

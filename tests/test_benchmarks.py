@@ -322,12 +322,13 @@ class Scripted:
 
     asked = 0
     die_at = None
+    drawn = None
 
     def __init__(self, model, tokenizer, dtype=None):
         pass
 
     def generate(self, prompts, n, max_new_tokens, temperature, top_p, seed, batch):
-        out = []
+        Scripted.drawn, out = (temperature, top_p, seed), []
         for ids in prompts:
             if Scripted.asked == Scripted.die_at:
                 raise KeyboardInterrupt
@@ -429,16 +430,19 @@ def test_a_killed_run_resumes_and_the_cache_belongs_to_weights_prompt_engine_and
     assert Scripted.asked == 12
     runner.evaluate(model, Bytes(), pairs, smoke(seed=8), votes=2, cache=tmp_path / "c")
     assert Scripted.asked == 24
+    assert Scripted.drawn == (0.7, 1.0, 8)
+    runner.evaluate(model, Bytes(), pairs, smoke(evaluation__temperature=0.6), cache=tmp_path / "t")
+    assert Scripted.asked == 36 and Scripted.drawn == (0.6, 1.0, 7)
     with torch.no_grad():
         model.weight[0, 0] += 1e-3
     runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
-    assert Scripted.asked == 36
+    assert Scripted.asked == 48 and Scripted.drawn == (0.0, 1.0, 0)
     for kind in (("vllm", torch.bfloat16), ("transformers", torch.bfloat16)):  # they round differently
         monkeypatch.setattr(runner, "_engine", lambda model, params, kind=kind: kind)
         monkeypatch.setattr(runner, "_generate", lambda model, tokenizer, params: Scripted(model, tokenizer).generate)
         runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
         runner.evaluate(model, Bytes(), pairs, p, cache=tmp_path / "c")
-    assert Scripted.asked == 60
+    assert Scripted.asked == 72
 
 
 def test_rollouts_are_kept_by_parts_of_one_policy(model, monkeypatch, tmp_path):

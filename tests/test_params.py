@@ -89,6 +89,8 @@ def test_wrong_files_are_refused(tmp_path, write):
 
 
 def test_impossible_combinations_are_refused():
+    with pytest.raises(params.ParamsError, match="grm.max_lines below 4.*the prompt"):
+        params.load(ROOT / "params.yaml", "gpu", ["grm.max_lines=3"])
     with pytest.raises(params.ParamsError, match="max_completion of at least 256"):
         params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
     with pytest.raises(params.ParamsError, match="MetaRM on the same base cannot run.*metarm.base=minilm"):

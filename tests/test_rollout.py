@@ -239,9 +239,15 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
     engine.cpu, engine.llm.sleep = False, lambda level: None
     engine.generate([[1, 2], [3], [1, 2]], 2, 8, 0.7, seed=5)
     seeds = [s["seed"] for s in vllm["sampling"]]
-    engine.llm.wake_up = lambda: None
+    woken = []
+    engine.llm.wake_up = woken.append
     engine.generate([[3], [1, 2], [1, 2]], 2, 8, 0.7, seed=5)
     assert len(set(seeds)) == 3 and [s["seed"] for s in vllm["sampling"]] == [seeds[1], seeds[0], seeds[2]]  # a prompt's numbers are its own
+    assert woken == [["weights", "kv_cache"]]
+    engine.sync(model)
+    assert woken[1:] == [["weights"]]  # merged copies need the room of its cache
+    engine.generate([[3]], 2, 8, 0.7)
+    assert woken[2:] == [["kv_cache"]]
     assert vllm["options"]["max_model_len"] == 168 and vllm["options"]["gpu_memory_utilization"] == 0.6
 
 

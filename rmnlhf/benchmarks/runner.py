@@ -1,4 +1,4 @@
-"""One runner for every judge and every benchmark: both orders, greedy or voting@k, cached, resumed.
+"""One runner for every judge and every benchmark: both orders, one verdict or voting@k, cached, resumed.
 
 A judge is a policy (model and tokenizer), "endpoint" (through `rmnlhf.judge`), the path of a JSONL file of recorded verdicts,
 or a function of the pair as shown. `open_judge` turns a name into one of these.
@@ -61,7 +61,7 @@ def evaluate(
     pair has critiques of annotators who chose the gold label: precision, recall, f1 of core arguments (0 without a critique),
     inconsistent (a right verdict with f1 below similarity.threshold; None for a wrong one), arguments, reference, matches.
 
-    votes: 1 decodes greedily; k samples k completions at rollout.temperature and takes the majority of their valid verdicts; an
+    votes: 1 decodes at evaluation.temperature, 0 being greedy; k samples k completions at rollout.temperature and takes the majority of their valid verdicts; an
     even split is no verdict. An endpoint answers once: votes > 1 is a ValueError. out: the rows also go there as JSONL, without
     seconds. max_prompt: a policy's longest prompt in tokens, where it is not policy.max_prompt."""
     if unknown := set(orders) - set(ORDERS):
@@ -175,7 +175,8 @@ def _recorded(path, asked) -> list[dict]:
 
 def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt: int | None = None) -> list[dict]:
     r, p = params.rollout, params.policy
-    temperature, top_p, seed = (0.0, 1.0, 0) if votes == 1 else (r.temperature, r.top_p, params.seed)
+    temperature = params.evaluation.temperature if votes == 1 else r.temperature
+    top_p, seed = (r.top_p, params.seed) if temperature else (1.0, 0)
     longest = max_prompt or p.max_prompt
     prompts = [grm.encode_prompt(pair, tokenizer, longest, swap=order == "ba", think=params.grm.think) for pair, order in asked]
     name, dtype = _engine(model, params)
