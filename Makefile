@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup weights data repro smoke long readme gpu test browser test-gpu lab bench bench-gpu gpu-check lock clean
+.PHONY: help setup weights data repro smoke long readme gpu gpu-rehearsal test browser test-gpu lab bench bench-gpu gpu-check lock clean
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed 's/:.*##/ —/'
 
@@ -48,11 +48,14 @@ long: data       ## the figures of the README: more steps, more rows; resumes
 	@RMNLHF_PROFILE=long $(BIN)/dvc repro --no-run-cache
 readme: $(READY) ## README's figures from results/, a run of `make long` (docs/long keeps what they are read from)
 	@$(BIN)/python -m rmnlhf.report
-gpu: data        ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+gpu gpu-rehearsal: data
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU: profile gpu needs one, and a driver for CUDA " + str(torch.version.cuda))'
 	@RMNLHF_PROFILE=gpu $(BIN)/python -m rmnlhf.judge
 	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
-	@RMNLHF_PROFILE=gpu RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
+	@RMNLHF_PROFILE=gpu RMNLHF_SET="$(SET)" RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
+gpu:             ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+gpu-rehearsal:   ## every stage of profile gpu, policy and judge included, at less than a hundredth of its length
+gpu-rehearsal: SET := grpo.steps=2 grpo.prompts=16 metarm.pairs=200 data.max_train=2000 evaluation.pairs=20 benchmarks.rows=20 downstream.questions=2 downstream.steps=2
 
 test: data browser ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests

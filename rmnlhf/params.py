@@ -331,7 +331,7 @@ def main():
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    found = load(profile=args.profile)
+    found = load(profile=args.profile, overrides=os.environ.get("RMNLHF_SET", "").split())  # key=value …: `make gpu-rehearsal`
     found.data.own_sha256 = _sha256("data.own", found.data.own) if found.data.own else None
     found.benchmarks.own_sha256 = [_sha256("benchmarks.own", file) for file in found.benchmarks.own]
     part.write_text(yaml.safe_dump(found.model_dump(), sort_keys=False), encoding="utf-8")

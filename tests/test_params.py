@@ -111,6 +111,19 @@ def test_a_pinned_hub_model_a_folder_and_a_packaged_name_are_accepted(tmp_path):
         assert params.load(ROOT / "params.yaml", overrides=[f"metarm.base={base}"]).metarm.base == str(base)
 
 
+def test_the_rehearsal_of_profile_gpu_is_the_profile_in_small(tmp_path, monkeypatch):
+    setting = re.search(r"^gpu-rehearsal: SET := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.setattr("sys.argv", ["params", "--profile", "gpu", "-o", "small.yaml"])
+    monkeypatch.setenv("RMNLHF_SET", setting)
+    params.main()
+    small, whole = params.load("small.yaml"), params.load("params.yaml", "gpu")
+    assert small.policy == whole.policy and small.judge == whole.judge and small.similarity == whole.similarity
+    size = [p.grpo.steps * p.grpo.prompts * p.grpo.group for p in (small, whole)]
+    assert 100 * size[0] < size[1] and 100 * small.metarm.pairs < whole.metarm.pairs
+
+
 def test_the_resolved_file_loads_as_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)
