@@ -657,7 +657,7 @@ def rank_interval(targets, outputs, groups, n: int = 2000, level: float = 0.95, 
     for _ in range(n):
         index = np.concatenate([members[g] for g in rng.integers(len(names), size=len(names))])
         drawn.append(agreement(targets[index], outputs[index])["rho"])
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     return agreement(targets, outputs)["rho"], float(low), float(high)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
     """Execute notebooks/<name>.ipynb from the repository root; returns the HTML file.
 
     Raises papermill's PapermillExecutionError after the executed copy (with the traceback in it) is written."""
+    import nbformat
     import papermill
     from nbconvert import HTMLExporter
 
@@ -43,11 +45,22 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
         )  # fmt: skip
     finally:
         if executed.exists():
-            html.write_text(HTMLExporter().from_filename(str(executed))[0], encoding="utf-8")
+            html.write_text(HTMLExporter().from_notebook_node(_without_progress(nbformat.read(executed, 4)))[0], encoding="utf-8")
     timing = Path("results/timings") / f"{name}.json"
     timing.parent.mkdir(parents=True, exist_ok=True)
     timing.write_text(json.dumps({"notebook": name, "seconds": round(time.time() - start, 1)}) + "\n")
     return html
+
+
+def _without_progress(notebook):
+    """The notebook without progress bars' lines: the log keeps them, between code and table they only stand in the way."""
+    for cell in notebook.cells:
+        for out in cell.get("outputs", []):
+            if out.output_type == "stream" and out.name == "stderr":
+                out.text = "\n".join(line for line in re.split(r"[\r\n]+", out.text) if line and not re.search(r"\d+%\||it/s\]|s/it\]", line))
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("text", True)]
+    return notebook
 
 
 def main():

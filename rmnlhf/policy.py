@@ -61,6 +61,7 @@ def prepare(name: str) -> Path:
         part = MODELS / f"{name}.{os.getpid()}.part"
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the file names the turn's start as its end
+        tokenizer.clean_up_tokenization_spaces = False  # what Transformers does with this tokenizer in any case, with a warning each time
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )

@@ -34,15 +34,14 @@ STAGES = {
     "07_benchmarks": "Benchmarks", "08_downstream": "Downstream",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "datasets", "vllm", "unsloth")
-REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
-MIN_N = 30
+REPRODUCED, NOT_DECIDED, NOT_REPRODUCED, NOT_TESTABLE = WORDS = "reproduced", "not decided", "not reproduced", "not testable here"
+MIN_N, MIN_GROUPS = 30, 10
 VIEWED = 2000  # entries of the critique viewer
 RULES = (
     f"Not testable here: the stage did not run, its file lacks the figure, the figure is missing (NaN), it rests on fewer than "
-    f"{MIN_N} rows, the claim is about human text and the run had only generated pairs, or the interval holds both no effect "
-    f"and the paper's own figure. Reproduced: the whole 95 % interval lies on the claimed side of the stated bound, or, "
-    f"for a figure that is computed from files, it equals the paper's within the stated tolerance. Not reproduced: anything "
-    f"else, an interval that holds the bound included; that shows no effect, it does not show that there is none."
+    f"{MIN_N} rows or {MIN_GROUPS} groups, the claim is about human text and the run had only generated pairs, no row differs between the "
+    f"two that are compared, or the claim's own row says why. Reproduced: the whole 95 % interval lies on the claimed side of the stated "
+    f"bound. Not reproduced: the whole interval lies on the other side. Not decided: the interval holds the bound; a larger run may go either way."
 )
 
 
@@ -188,7 +187,8 @@ def show(value) -> str:
 
 
 def tidy(header: list[str], rows: list[list[str]]) -> tuple[list, list]:
-    """A CSV for reading: columns x, x_low, x_high (or mean, low, high) become one "x [low, high]"; numbers are rounded."""
+    """A CSV for reading: columns x, x_low, x_high (or x.mean, x.low, x.high, or x, low, high side by side) become one "x [low, high]";
+    numbers are rounded, a missing one is "–"."""
 
     def cell(text):
         try:
@@ -196,10 +196,17 @@ def tidy(header: list[str], rows: list[list[str]]) -> tuple[list, list]:
         except ValueError:
             return text
 
+    def joined(row, i):
+        span = [row[j] for j in spans.get(header[i], ())]
+        if header[i] in spans and not row[i]:
+            return "–"
+        return cell(row[i]) + (f" [{cell(span[0])}, {cell(span[1])}]" if all(span) and span else "")
+
     spans = {}
     for c in header:
-        for low, high in ((f"{c}_low", f"{c}_high"), ("low", "high") if c in ("mean", "value", "figure") else (None, None)):
-            if low in header and high in header:
+        stem = c.removesuffix("mean")
+        for low, high in ((f"{c}_low", f"{c}_high"), (f"{stem}low", f"{stem}high"), ("low", "high")):
+            if {low, high} <= set(header) and (low != "low" or header.index(low) == header.index(c) + 1):
                 spans[c] = (header.index(low), header.index(high))
     hidden = {i for pair in spans.values() for i in pair}
     keep = [i for i in range(len(header)) if i not in hidden]
@@ -207,10 +214,7 @@ def tidy(header: list[str], rows: list[list[str]]) -> tuple[list, list]:
     body = []
     for row in rows:
         row = row + [""] * (len(header) - len(row))
-        body.append([
-            cell(row[i]) + (f" [{cell(row[spans[header[i]][0]])}, {cell(row[spans[header[i]][1]])}]" if header[i] in spans else "")
-            for i in keep
-        ])  # fmt: skip
+        body.append([joined(row, i) for i in keep])
     return names, body
 
 
@@ -225,7 +229,7 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
         stage, key = claim.get("stage"), claim.get("key")
         metrics = run.metrics.get(stage) or {}
         value = metrics.get(key)
-        word, why = judge(claim, value, ran=stage in run.metrics, generated=generated)
+        word, why = judge(claim, value, stage in run.metrics, generated, metrics.get(f"{key}.groups"))
         for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
             if value is not None and metrics.get(other) != wanted:
                 word, why = NOT_TESTABLE, f"{claim['where_text']} ({other}: {metrics.get(other)})"
@@ -233,11 +237,11 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
     return out
 
 
-def judge(claim: dict, value, ran: bool = True, generated: bool = False) -> tuple[str, str]:
+def judge(claim: dict, value, ran: bool = True, generated: bool = False, groups: int | None = None) -> tuple[str, str]:
     """(word, reason) for one claim by `RULES`.
 
-    claim: {stage, key, above | below: bound, or equals: [figure, tolerance]; paper_value: the paper's figure, optional;
-    human: true where only human text can test it; counted: true for a figure that is no sample}, or {untestable: reason}."""
+    claim: {stage, key, above | below: bound; human: true where only human text can test it}, or {untestable: reason}.
+    groups: of how many independent groups (debates, questions) the rows are, where the file says it."""
     if claim.get("untestable"):
         return NOT_TESTABLE, claim["untestable"]
     if not ran:
@@ -249,24 +253,20 @@ def judge(claim: dict, value, ran: bool = True, generated: bool = False) -> tupl
     mean = value.get("mean") if isinstance(value, dict) else value
     if isinstance(mean, bool) or not isinstance(mean, (int, float)) or not math.isfinite(mean):
         return NOT_TESTABLE, "the figure is missing"
-    if "equals" in claim:
-        figure, tolerance = claim["equals"]
-        word = REPRODUCED if abs(mean - figure) <= tolerance else NOT_REPRODUCED
-        return word, f"{number(mean)} against {number(figure)} ± {number(tolerance)}"
     low, high, n = (value.get(k) if isinstance(value, dict) else None for k in ("low", "high", "n"))
-    if claim.get("counted"):
-        low = high = mean
-    elif low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return NOT_TESTABLE, "the figure has no interval"
     elif n is None or n < MIN_N:
         return NOT_TESTABLE, f"n = {n}, fewer than {MIN_N}"
+    if groups is not None and groups < MIN_GROUPS:
+        return NOT_TESTABLE, f"the rows come from {groups} groups, fewer than {MIN_GROUPS}"
+    if low == high:
+        return NOT_TESTABLE, "the interval has no width: no row differs, so the size of an effect cannot be told"
     bound = claim["above"] if "above" in claim else claim["below"]
-    paper = claim.get("paper_value")
-    if paper is not None and low <= bound <= high and low <= paper <= high:
-        return NOT_TESTABLE, f"the interval holds both {number(bound)} and the paper's {number(paper)}"
-    if (low > bound) if "above" in claim else (high < bound):
-        return REPRODUCED, f"the interval lies {'above' if 'above' in claim else 'below'} {number(bound)}"
-    return NOT_REPRODUCED, f"the interval {'holds' if low <= bound <= high else 'lies on the other side of'} {number(bound)}"
+    if low <= bound <= high:
+        return NOT_DECIDED, f"the interval holds {number(bound)}"
+    word = REPRODUCED if (low > bound) == ("above" in claim) else NOT_REPRODUCED
+    return word, f"the interval lies {'above' if low > bound else 'below'} {number(bound)}"
 
 
 # ---- what was run --------------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def build(results: str | Path = "results", out: str | Path | None = None) -> Pat
     page = env.get_template("report.html.j2").render(
         run=run, provenance=provenance(run), claims=found, rules=RULES, stages=STAGES, limits=limits(run, found), viewer=data,
         images={k: base64.b64encode(v).decode() for k, v in run.figures.items()},
-        words={w: sum(c["word"] == w for c in found) for w in (REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE)},
+        words={w: sum(c["word"] == w for c in found) for w in WORDS},
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"), script=script, island=island(data),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
@@ -459,6 +459,9 @@ def limits(run: Run, found: list[dict]) -> list[str]:
             "not compare, directions may not carry over."
         )
     out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
+    groups = run.metrics.get("01_diagnosis", {}).get("inconsistency.cold_start.unseen.groups")
+    if groups is not None and groups < MIN_GROUPS:
+        out.append(f"The rates of 01 draw groups, here {groups} debates: too few for their intervals to be trusted.")
     if p.get("grpo"):
         n = len(p["grpo"]["seeds"])
         many = f"{n} training seeds, averaged within a pair" if n > 1 else "One training seed"
@@ -466,7 +469,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
     if (p.get("similarity") or {}).get("backend") == "offline":
         out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
     stock, own = (run.metrics.get("02_core_similarity", {}).get(f"paid/{k}") or {} for k in ("stock_reason", "annotator_of_the_pair"))
-    if stock and own and stock["low"] > own["high"]:
+    if None not in (stock.get("low"), own.get("high")) and stock["low"] > own["high"]:
         out.append(
             f"One sentence, said of every better response of unseen pairs, earns a core-F1 of {show(stock)}; an annotator's own reason, held "
             f"against the others of the pair, {show(own)}. Here a process reward pays for what people say most: hold the arms against `stock_reason`."
