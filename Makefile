@@ -1,4 +1,4 @@
-# make repro and make test do all the set-up they need. Python 3.11 or 3.12, pip and git are enough to start.
+# make repro and make test do all the set-up they need. Python 3.11 or 3.12 with pip and venv, bash and git are enough to start.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
@@ -50,12 +50,12 @@ readme: $(READY) ## README's figures from results/, a run of `make long` (docs/l
 	@$(BIN)/python -m rmnlhf.report
 gpu gpu-rehearsal: data
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU: profile gpu needs one, and a driver for CUDA " + str(torch.version.cuda))'
-	@RMNLHF_PROFILE=gpu $(BIN)/python -m rmnlhf.judge
+	@RMNLHF_PROFILE=gpu RMNLHF_SET="$(SET)" $(BIN)/python -m rmnlhf.judge
 	@$(BIN)/python -m rmnlhf.sources $(GPU_DATA)
-	@RMNLHF_PROFILE=gpu RMNLHF_SET="$(SET)" RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
-gpu:             ## the paper's setting on one GPU; on several: make gpu LAUNCH="accelerate launch --num_processes 4"
+	@RMNLHF_PROFILE=gpu RMNLHF_SET="$(SMALL) $(SET)" RMNLHF_LAUNCH="$(LAUNCH)" $(BIN)/dvc repro --no-run-cache
+gpu:             ## the paper's setting on one GPU; other keys: make gpu SET="key=value …"; several GPUs: LAUNCH="accelerate launch --num_processes 4"
 gpu-rehearsal:   ## every stage of profile gpu, policy and judge included, at less than a hundredth of its length
-gpu-rehearsal: SET := grpo.steps=2 grpo.prompts=16 metarm.pairs=200 data.max_train=2000 evaluation.pairs=20 benchmarks.rows=20 downstream.questions=2 downstream.steps=2
+gpu-rehearsal: SMALL := grpo.steps=2 grpo.prompts=16 metarm.pairs=200 data.max_train=2000 evaluation.pairs=20 benchmarks.rows=20 downstream.questions=2 downstream.steps=2
 
 test: data browser ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" tests

@@ -406,7 +406,7 @@ def main():
     """Ask the judge of $RMNLHF_PROFILE one question: a wrong address, key or model is told now, not after hours."""
     from .params import load
 
-    params = load(profile=os.environ.get("RMNLHF_PROFILE") or None)
+    params = load(profile=os.environ.get("RMNLHF_PROFILE") or None, overrides=os.environ.get("RMNLHF_SET", "").split())
     judge = of(params)
     if judge is None or params.judge.kind != "endpoint" or params.judge.replay_only:
         return

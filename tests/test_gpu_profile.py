@@ -31,7 +31,7 @@ def test_readme_names_each_policy_of_the_profile():
     assert {row[1].strip("`") for row in ROWS} == set(SHAPES) and {row[0] for row in ROWS} == {"16", "24", "80", "141"}
     P = params.load(ROOT / "params.yaml", "gpu", ["policy.model=Qwen/Qwen3-8B", "policy.revision=COMMIT"])
     assert (P.policy.model, P.policy.revision) == ("Qwen/Qwen3-8B", "COMMIT")
-    assert "-S profiles.gpu.policy.model=Qwen/Qwen3-8B -S profiles.gpu.policy.revision=COMMIT" in SECTION
+    assert 'make gpu SET="policy.model=Qwen/Qwen3-8B policy.revision=COMMIT"' in SECTION
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}")
@@ -71,7 +71,7 @@ def test_a_labelled_pull_request_runs_make_gpu_and_keeps_its_notebooks():
     job, on = spec["jobs"]["gpu"], spec[True]  # YAML reads the key `on` as true
     assert on["pull_request"] == {"types": ["labeled"]} and "github.event.label.name == 'gpu'" in job["if"]
     (command,) = [s["run"] for s in job["steps"] if "run" in s]
-    assert command.startswith("make ${{ inputs.target || 'gpu' }}")
+    assert command.startswith("make ${{ inputs.target || 'gpu-rehearsal' }}")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(on["workflow_dispatch"]["inputs"]["target"]["options"]) <= set(targets)
     upload = job["steps"][-1]

@@ -112,7 +112,7 @@ def test_a_pinned_hub_model_a_folder_and_a_packaged_name_are_accepted(tmp_path):
 
 
 def test_the_rehearsal_of_profile_gpu_is_the_profile_in_small(tmp_path, monkeypatch):
-    setting = re.search(r"^gpu-rehearsal: SET := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    setting = re.search(r"^gpu-rehearsal: SMALL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.setattr("sys.argv", ["params", "--profile", "gpu", "-o", "small.yaml"])
