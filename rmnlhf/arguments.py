@@ -288,14 +288,14 @@ _VERBISH = (
 )
 _MENTIONS = [
     (re.compile(rf"@?\b{_NOUN}\s+[#(]?(?:A|1)\)?\s*(?:and|&|or|,)\s*[#(]?(?:B|2)\b\)?", re.IGNORECASE), " BOTHSIDES "),
-    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:A|1|one)\b[)\]]?(?!\s+of)", re.IGNORECASE), " SIDEA "),
-    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:B|2|two)\b[)\]]?", re.IGNORECASE), " SIDEB "),
+    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:(?-i:A)|a(?=\s+{_VERBISH}|\s*(?:[,.;:)\]]|$))|1|one(?!\s+(?!{_VERBISH})[a-z]))\b[)\]]?(?!\s+of)", re.IGNORECASE), " SIDEA "),
+    (re.compile(rf"@?\b(?:the\s+)?{_NOUN}\s*[#(\[]?\s*(?:B|2|two(?!\s+(?!{_VERBISH})[a-z]))\b[)\]]?", re.IGNORECASE), " SIDEB "),
     (re.compile(rf"\bthe\s+(?:first|former|1st)(?:\s+(?:{_NOUN}|one|text|author|writer))?(?=\s+{_VERBISH}|[\s,]*(?:and|but|while|,|\.|$))", re.IGNORECASE), " SIDEA "),
     (re.compile(rf"\bthe\s+(?:second|latter|2nd)(?:\s+(?:{_NOUN}|one|text|author|writer))?(?=\s+{_VERBISH}|[\s,]*(?:and|but|while|,|\.|$))", re.IGNORECASE), " SIDEB "),
     (re.compile(rf"\b(?:the\s+)?(?:first|former|1st)\s+{_NOUN}", re.IGNORECASE), " SIDEA "),
     (re.compile(rf"\b(?:the\s+)?(?:second|latter|2nd)\s+{_NOUN}", re.IGNORECASE), " SIDEB "),
-    (re.compile(rf"\b(?:[Aa]\s?1\b|A\b(?=\s*{_VERBISH})|(?<=[a-z,] )A\b(?!\s+[a-z]+\s+(?:of|is|that)\b))"), " SIDEA "),
-    (re.compile(r"\b(?:[Aa]\s?2|B)\b(?![.'-]\w|\+\+)"), " SIDEB "),
+    (re.compile(rf"\b(?:[Aa]1\b|[Aa]\s1\b(?=\s*{_VERBISH})|A\b(?=\s*{_VERBISH})|(?<=[a-z,] )A\b(?!\s+[a-z]+\s+(?:of|is|that)\b))"), " SIDEA "),
+    (re.compile(rf"\b(?:[Aa]2|[Aa]\s2(?=\s*{_VERBISH})|B)\b(?![.'-]\w|\+\+)"), " SIDEB "),
     (re.compile(rf"\b(?:(?:both|neither)(?:\s+of)?(?:\s+(?:the|these))?(?:\s+(?:{_NOUN}|them))?|(?:the two|each)\s+{_NOUN})\b", re.IGNORECASE), None),
 ]
 _LIST_MARK = re.compile(r"^\s*(?:[-*•–>#]+|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
@@ -474,8 +474,9 @@ def _read(critique: str):
 
 
 def is_fatal(clause: str) -> bool:
-    """Whether a clause names a fatal error."""
-    return bool(_FATAL.search(clause)) and not re.search(r"\b(?:no|not|without|non)\b|n't\b", clause)
+    """Whether a clause names a fatal error: one that it does not deny in the words before it."""
+    m = _FATAL.search(clause)
+    return bool(m) and not re.search(r"(?:\b(?:no|not|without|non)\b|n't\b)(?:\W+\w+){0,3}\W*$", clause[: m.start()])
 
 
 def _side(clause, inherited):

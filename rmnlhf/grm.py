@@ -120,7 +120,7 @@ _SIDE = r"\s*(?:(?:response|answer)\s*)?([AB])\s*"
 _CHOICE = re.compile(rf"[\s*\"'`]*(?:\[\[{_SIDE}\]\]|\[{_SIDE}\]|\({_SIDE}\)|{_SIDE})[\s*\"'`.]*", re.IGNORECASE | re.ASCII)
 _BARE = re.compile(r"\[\[\s*(?:response\s*)?[AB]\s*\]\]", re.IGNORECASE | re.ASCII)
 _END = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<｜end▁of▁sentence｜>)*\Z")
-_SENTENCE = re.compile(r"[.!?;\n]+")
+_SENTENCE = re.compile(r"[.!?;]+(?=\s|$)|\n+")  # not within "e.g." or "U.S."
 
 
 def parse_judgement(text: str, max_lines: int = 4, max_chars: int = 1500, max_repeats: int = 2) -> Judgement:

@@ -83,8 +83,6 @@ class RewardFunction:
         self.arm, self.params, self.metarm, self.judge = arm, params, metarm, judge
         self.pairs = {p.id: p for p in pairs}
         self.shown = {p.id: (p, p.swapped()) for p in pairs}
-        if arm != "outcome":
-            rewards.check_process_rows(pairs)
         self.due = self.missing = 0  # process rewards so far
         self.rows: list[dict] = []
         self.figures: dict[str, float] = {}
@@ -275,7 +273,8 @@ class Trainer(GRPOTrainer):
         start, total = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
         self.engine_gap = []
         try:
-            for rows in self.packs(inputs):
+            packs = self.packs(inputs)
+            for rows in packs:
                 part = {k: v[rows] if torch.is_tensor(v) and v.ndim and len(v) == len(inputs["advantages"]) else v for k, v in inputs.items()}
                 loss = self.pack_loss(model, part if self.packed else trimmed(part))
                 self.accelerator.backward(loss)
@@ -291,6 +290,10 @@ class Trainer(GRPOTrainer):
             raise
         if self.engine_gap:
             self._metrics["train"]["engine_gap"].append(torch.cat(self.engine_gap).mean().item())
+        sizes = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
+        for name in ("kl", "entropy", "clip_ratio/region_mean"):  # trl takes the mean of packs, whatever they hold: here it is of tokens
+            if sum(sizes) and (found := self._metrics["train"].get(name)):
+                found[-len(sizes) :] = [float(np.average(found[-len(sizes) :], weights=sizes))]
         self._exchange(model)
         self.seconds["update"] = time.perf_counter() - start
         self._step += 1
@@ -464,6 +467,8 @@ def prompts(arm: str, params, splits, seed: int) -> tuple[list[PreferencePair], 
     pairs = sorted([*splits.train, *hidden], key=lambda p: fingerprint(seed, "order", p.id))
     if not pairs:
         raise ValueError("the splits hold no training pair: run 00_data, or check data.critique_sources and data.max_chars")
+    if arm != "outcome":
+        rewards.check_process_rows(pairs)  # of all: a short run may draw none with a critique
     n = params.grpo.steps * params.grpo.prompts
     rows = []
     for i in range(n):
@@ -566,7 +571,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     if record:
         record.trainer, trainer.record = trainer, record
     if last:
-        reward.load_state_dict(torch.load(last[-1] / "reward.pt", weights_only=True))
+        reward.load_state_dict(torch.load(last[-1] / "reward.pt", map_location="cpu", weights_only=True))
         log.warning("%s goes on from step %d", run, step)
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     if state.is_main_process:

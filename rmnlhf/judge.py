@@ -167,7 +167,7 @@ class Judge:
             else:
                 todo[key] = messages
         cached = set(found)
-        self._stop = None
+        self._stop, self._failures = None, 0
         if self.params.replay_only:
             reasons = dict.fromkeys(todo, "not in the cache (replay)")
         elif todo:

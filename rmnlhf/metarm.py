@@ -460,7 +460,7 @@ class MetaRM:
 
     def _resume(self, file: Path, of: int, optimizer, schedule) -> dict | None:
         """Where a fit of these rows stopped, its state loaded; None where there is none."""
-        state = torch.load(file, weights_only=True) if file.exists() else None
+        state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
         if state is None or state["of"] != of:
             return None
         self.load_state_dict(state["metarm"])
@@ -607,7 +607,7 @@ class MetaRM:
                 )
             stored = params
         out = cls(stored, config["seed"], config["policy"] and Policy(**config["policy"]))
-        out.load_state_dict(torch.load(path / "state.pt", weights_only=True))
+        out.load_state_dict(torch.load(path / "state.pt", map_location="cpu", weights_only=True))
         return out
 
 

@@ -104,7 +104,7 @@ class ColdStart(Section):
 class Rollout(Section):
     engine: Literal["auto", "transformers", "vllm", "server"]
     temperature: Annotated[float, Field(ge=0)]
-    top_p: Share
+    top_p: Annotated[float, Field(gt=0, le=1)]
     batch: Positive
     gpu_memory: Annotated[float, Field(gt=0, lt=1)]
 

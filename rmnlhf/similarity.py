@@ -206,7 +206,7 @@ def reference(critiques: Sequence[str | HumanCritique], backend: str = "offline"
     Core: raised by at least two annotators; a fatal error, where named, is the only core argument. Where nothing is shared
     each annotator's own core counts (with one annotator: what justifies the choice). Order-free: texts are sorted first.
     Give it the critiques of annotators who chose the gold label (`PreferencePair.agreeing`): this function sees no label."""
-    texts = sorted({c.text if isinstance(c, HumanCritique) else c for c in critiques})
+    texts = sorted(c.text if isinstance(c, HumanCritique) else c for c in critiques)
     return _merge([extract(t, backend, judge) for t in texts])
 
 
@@ -256,7 +256,7 @@ def similarity_many(generated, references, kind: str = "core", backend: str = "o
         raise ValueError(f"{len(generated)} critiques but {len(references)} lists of references")
     if isinstance(references, str) or any(isinstance(r, str) for r in references):
         raise ValueError("references: give a list of human critiques for each generated critique")
-    texts = [tuple(sorted({c.text if isinstance(c, HumanCritique) else c for c in r})) for r in references]
+    texts = [tuple(sorted(c.text if isinstance(c, HumanCritique) else c for c in r)) for r in references]  # one text of two annotators counts twice
     if empty := [i for i, t in enumerate(texts) if not any(s.strip() for s in t)]:
         raise ValueError(f"references[{empty[0]}] holds no human critique: this pair has no process reward (missing, not zero)")
     critiques = [g or "" for g in generated]

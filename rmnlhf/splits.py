@@ -78,7 +78,7 @@ def make(params) -> Splits:
     evaluation = {}
     for pair in roles["unseen"]:
         evaluation.setdefault(pair.source, []).append(pair)
-    for name in _present(d.evaluation_sources, d.dir)[0]:
+    for name in _present([n for n in d.evaluation_sources if n not in with_critiques], d.dir)[0]:  # of those only the unseen groups
         found, rows, refused = sources.read(name, d.dir)
         report[name] = {"read": rows, "refused": dict(refused)}
         evaluation[name] = found
@@ -145,16 +145,15 @@ def by_hash(members, seed: int) -> list[PreferencePair]:
 
 
 def balanced(members, seed: int) -> list[PreferencePair]:
-    """As many pairs where the longer response is right as where it is wrong, within each group; in hash order.
-
-    Equally long responses stay: "longer wins" cannot use them."""
-    slices = defaultdict(lambda: {True: [], False: []})
+    """As many pairs where the longer response is right as where it is wrong, within each group, and over all groups that hold one pair;
+    in hash order. Equally long responses stay: "longer wins" cannot use them."""
+    slices, sizes = defaultdict(lambda: {True: [], False: []}), Counter(p.group for p in members)
     out = []
     for pair in by_hash(members, seed):
         if pair.longer is None:
             out.append(pair)
         else:
-            slices[pair.group][pair.longer == pair.label].append(pair)
+            slices[pair.group if sizes[pair.group] > 1 else None][pair.longer == pair.label].append(pair)
     for right_wrong in slices.values():
         n = min(map(len, right_wrong.values()))
         out += right_wrong[True][:n] + right_wrong[False][:n]

@@ -76,6 +76,7 @@ def test_a_fatal_error_is_the_only_core_argument():
     found = extract("Response A is clear. Response B makes a fatal error in step 2. Response B is also rude.")
     assert [a.core for a in found] == [False, True, False]
     assert all(a.core for a in extract("Response B has no fatal error. Response B is accurate."))
+    assert [a.core for a in extract("Response A is clear. Response B has a fatal flaw: it does not compile.")][0] is False
 
 
 def test_without_a_stance_every_argument_is_core():
@@ -111,6 +112,18 @@ def test_negation_and_antonyms_flip_the_same_concept():
 def test_sides_are_masked_however_they_are_named():
     for text in ("Response A", "response 1", "the first response", "Answer A", "Argument #1", "solution (A)"):
         assert mask_sides(f"{text} is good").split()[0] == "SIDEA", text
+    for text in ("Response B", "response b", "A2", "the second response", "argument two", "a 2"):
+        assert mask_sides(f"{text} is good").split()[0] == "SIDEB", text
+    for text in ("response a is better", "I prefer Response A.", "answer a", "Argument one is weak"):
+        assert "SIDEA" in mask_sides(text), text
+
+
+@pytest.mark.parametrize("text", [
+    "It answers a different question.", "It outputs a list.", "It gives the argument a clear structure.", "It answers one part only.",
+    "It answers two questions.", "It only gives a 2 line answer.", "It took a 1 hour detour.",
+])  # fmt: skip
+def test_words_that_look_like_a_side_are_words(text):
+    assert "SIDE" not in mask_sides(text)
 
 
 class Fake:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -335,9 +336,13 @@ def test_online_updates_on_human_rows_before_it_scores_the_others():
 
 
 def test_a_run_without_any_human_critique_stops():
+    bare = replace(tiny.splits(3), train=tiny.pairs(3, critiques=False), hidden_truth={})
     for arm in ("human", "online"):
-        with pytest.raises(rewards.ProcessRewardError, match="none of 3 training pairs"):
-            grpo.RewardFunction(arm, tiny.settings(), tiny.pairs(3, critiques=False), tiny.Linear())
+        with pytest.raises(rewards.ProcessRewardError, match="none of 6 training pairs"):
+            grpo.prompts(arm, tiny.settings(), bare, 7)
+    mixed = replace(bare, train=tiny.pairs(1) + bare.train[1:])  # a short run may draw none of the few with critiques
+    for seed in range(20):
+        grpo.prompts("online", tiny.settings(**{"grpo.steps": 1, "grpo.prompts": 1}), mixed, seed)
     with pytest.raises(ValueError, match="'both'.*outcome, human, offline, online"):
         grpo.RewardFunction("both", tiny.settings(), tiny.pairs(3))
 

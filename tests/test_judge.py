@@ -350,6 +350,9 @@ def test_gives_up_on_a_dead_endpoint(endpoint, judge, monkeypatch):
     with pytest.raises(JudgeError, match="in a row failed.*no connection"):
         j.ask(talks(500), SCHEMA)
     assert GIVE_UP <= j.usage.calls < GIVE_UP + 8 and reconciles(j)
+    with pytest.raises(JudgeError, match="in a row failed"):  # asked again it counts anew
+        j.ask(talks(500), SCHEMA)
+    assert j.usage.calls >= 2 * GIVE_UP
     server = endpoint(lambda n, body: (404, {"error": {"message": "no such model"}}, {}))
     with pytest.raises(JudgeError, match="judge.model"):
         judge(concurrency=1).ask(talks(5), SCHEMA)

@@ -147,6 +147,12 @@ def test_core_is_raised_by_two_annotators():
     assert similarity(alone, [shared + " " + alone, shared]).f1 == 0 < similarity(alone, [shared + " " + alone, shared], "all").f1
 
 
+def test_one_text_of_two_annotators_is_raised_twice():
+    own = ["Response A cites a study.", "Response A answers the second question too."]
+    core = {a.text for a in similarity(own[0], ["Response A gives more detail.", "Response A gives more detail.", *own]).reference if a.core}
+    assert len(core) == 1 and "detail" in core.pop()
+
+
 def test_nothing_shared_falls_back_to_each_annotators_own_core():
     merged = reference(["Response A gives strong evidence.", "Response B is rude."])
     assert [a.core for a in merged] == [True, True]

@@ -78,6 +78,18 @@ def test_length_balance(data_dir):
     assert natural.evaluation == even.evaluation  # the same questions for both
 
 
+def test_length_balance_of_groups_of_one():
+    members = [PreferencePair(f"{i}", "s", f"g{i}", [{"role": "user", "content": f"q{i}"}], "long answer" if i % 3 else "short", "a word", "A") for i in range(30)]
+    even = splits.balanced(members, 7)
+    assert len(even) == 20 and longer_wins(even) == 0.5
+
+
+def test_a_training_source_is_evaluated_on_its_unseen_groups_alone(data_dir):
+    found = splits.make(load(data_dir, "data.evaluation_sources=[ukpconvarg]"))
+    assert {p.group for p in found.evaluation["ukpconvarg"]} == {p.group for p in found.unseen}
+    assert not {p.group for p in found.evaluation["ukpconvarg"]} & {p.group for p in found.train + found.hidden}
+
+
 def test_any_part_of_an_evaluation_set_holds_both_slices(made):
     for n in (10, 50, 150):
         right = Counter(p.longer in (p.label, None) for p in made.evaluation["ukpconvarg"][:n])
