@@ -139,6 +139,18 @@ def test_token_budget_changes_neither_loss_nor_gradient(tokenizer, tmp_path, bud
     assert (found - whole).norm() / whole.norm() <= 1e-5 and loss == pytest.approx(whole_loss, abs=1e-6)
 
 
+def test_token_budget_does_not_change_what_is_logged(tokenizer, tmp_path):
+    inputs, seen = batch(LAYOUTS["groups of unequal lengths"]), []
+    for budget in (30, 60, 4000):
+        ours = trainer(tokenizer, tmp_path, **{"grpo.token_budget": budget})
+        ours._prepare_inputs = lambda given: given
+        ours.training_step(ours.model, dict(inputs))
+        found = {k: v for k, v in ours._metrics["train"].items() if k in ("kl", "entropy")}
+        assert set(found) == {"kl", "entropy"} and all(len(v) == 1 for v in found.values())
+        seen.append([v[0] for v in found.values()])
+    assert seen[0] == pytest.approx(seen[2], rel=1e-4) and seen[1] == pytest.approx(seen[2], rel=1e-4) and min(seen[2]) > 0
+
+
 @pytest.mark.parametrize("budget", [30, 90, 4000])
 def test_padded_packs_keep_the_budget_too_and_the_gradient(tokenizer, tmp_path, budget):
     """Where the shared-prefix forward is refused: what a pack costs is its width with padding, and padding of other packs goes."""
