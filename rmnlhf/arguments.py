@@ -183,7 +183,8 @@ _COMPARATIVE = re.compile(r"\b(?:than|more|less|fewer|most|unlike|compared|where
 _DUE = r"(?:asked|wanted|needed|requested|required|expected|called for)"
 _AMISS = re.compile(
     rf"\bshould(?:\s+\w+)? have\b|\b(?:not|nobody|no one|never|n't)\b(?:\s+\w+)?\s+{_DUE}\b|\b(?:although|while|where|but|though)\b[^,;]*\b(?:was|were|is|are)\s+{_DUE}\b"
-    rf"|\b(?:is|was|are|were|seems?|feels?|sounds?) off\b",
+    rf"|\b(?:is|was|are|were|seems?|feels?|sounds?) off\b|\bbut (?:the|its) (?:question|request|task|prompt|topic|instruction)s? (?:is|was|were|asks|asked)\b"
+    rf"|\bagainst (?:the|its|all|any) (?:premises?|evidence|facts?|rules?|instructions?|request|data)\b",
     re.IGNORECASE,
 )
 _APT = re.compile(rf"(?<!not )\b(?:as (?:required|requested|asked|expected|instructed|it (?:should|must))|(?:what|that) (?:was|is|were) {_DUE})\b", re.IGNORECASE)
@@ -332,6 +333,7 @@ _JOINED = re.compile(rf"(?:,\s*(?:and|or|as well as)?\s*|\s+and\s+(?:also\s+|the
 _STOP_BEFORE_SIDE = re.compile(r"(?<=[a-z][.!?])\s+(?=(?:The \w+ (?:of|in) )?SIDE[AB]\b)")  # "wins for me. SIDEB": to the segmenter an abbreviation
 _OPENING = re.compile(r"\W*(?:for|with|in|from|by|given|after|before|without|regarding|on|at|when|saying)\b(?!.*\b(?:is|are|was|were|has|have|does|do)\b)", re.IGNORECASE)
 _EXPECTED = re.compile(rf"\b(?:was|were|is|are)\b[^,;]*\b{_DUE}\b|\bthe (?:question|request|task|prompt) (?:was|is)\b", re.IGNORECASE)
+_DONE_BY = re.compile(r"\s*(?:is|are|was|were)\s+\w+\s+(?:by|in)\s+SIDE")  # its subject stands before it: "the answer, a mammal, is given by SIDEA"
 _BEFORE_SIDE = re.compile(r"(?:,\s*(?:and\s+)?|\s+and\s+|\s+because\s+|\s+since\s+)(?=(?:SIDE[AB]|it)\s+(?!and\b|or\b)\w)")
 _LISTED = re.compile(r"(?:\s*,\s*(?:and\s+|or\s+|as well as\s+)?|\s+and\s+|\s+as well as\s+|\s+nor\s+)", re.IGNORECASE)
 _EXCLUDED = re.compile(r"\b(?:than|unlike|compared (?:to|with)|over|versus|vs\.?|from|to|in contrast to|as opposed to|rather than|instead of|of|with)\s+(?:that of\s+|the other\s+)?$", re.IGNORECASE)
@@ -359,11 +361,13 @@ def _clauses(sentence: str) -> list[str]:
 
 
 def _split(pattern, text):
-    """Parts of a sentence; what opens a clause ("for a formal message, …") or says what was due stays with its neighbour."""
+    """Parts of a sentence; what opens a clause ("for a formal message, …"), what was due and a passive's subject stay with their neighbour."""
     out, last = [], 0
     for m in pattern.finditer(text):
         before, after = text[last : m.start()], text[m.end() :]
         if _OPENING.match(before) or _EXPECTED.search(before if not _SUBJECT.search(before) else "") or _EXPECTED.search(after) and not _SUBJECT.search(after):
+            continue
+        if _DONE_BY.match(after) and not _SUBJECT.search(before):
             continue
         if len(re.findall(r"[A-Za-z]{3,}", before)) >= 1:
             out.append(text[last : m.start()])

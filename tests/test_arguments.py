@@ -118,6 +118,12 @@ def test_sides_are_masked_however_they_are_named():
         assert "SIDEA" in mask_sides(text), text
 
 
+def test_a_passive_keeps_its_subject_and_what_was_due_is_blame():
+    assert [(a.side, a.polarity) for a in extract("The accurate answer, a mammal, is given by Response A.")] == [("A", 1)]
+    for text in ("Response B talks about pruning, but the question was about planting.", "Response B concludes this against the premises."):
+        assert [(a.side, a.polarity) for a in extract(text)] == [("B", -1)], text
+
+
 @pytest.mark.parametrize("text", [
     "It answers a different question.", "It outputs a list.", "It gives the argument a clear structure.", "It answers one part only.",
     "It answers two questions.", "It only gives a 2 line answer.", "It took a 1 hour detour.",
