@@ -186,12 +186,13 @@ def _fields(r: random.Random, family, pair_id: str) -> dict:
 
     core = [{"text": say("blame", "B"), "side": "B", "polarity": -1}]
     core += [{"text": say("praise", "A"), "side": "A", "polarity": 1}]
-    critiques, unused = [], [*nitpicks]
+    critiques, raised, unused = [], {}, [*nitpicks]
     for who in ("careful", "brief", "hasty"):
         label, other = ("B", "A") if who == "hasty" and r.random() < ERR else ("A", "B")
         main = [("blame", other), ("praise", label)]
         if who != "careful":
             main = [main[0] if r.random() < 0.7 else main[1]]
+        raised[who] = [("blame", "praise").index(kind) for kind, _ in main]
         texts = [say(*m) for m in main]
         fitting = [p for p in unused if (p["polarity"] > 0) == (p["side"] == label)]
         if who != "brief" and fitting:
@@ -199,7 +200,7 @@ def _fields(r: random.Random, family, pair_id: str) -> dict:
             texts.insert(r.randint(0, len(texts)), nitpick["text"])
         lead = r.choice(words()["leads"]).format(S=f"Response {label}")
         critiques.append(HumanCritique(who, label, " ".join([lead, *texts]).strip()))
-    meta = {"family": family.__name__, "flaw": flaw, "severity": point["severity"], "core": core, "nitpicks": nitpicks}
+    meta = {"family": family.__name__, "flaw": flaw, "severity": point["severity"], "core": core, "raised": raised, "nitpicks": nitpicks}
     group = x if family is safety else question  # both questions of a safety topic have the same answers
     return {
         "id": pair_id, "group": group, "context": [{"role": "user", "content": question}], "response_a": good,
