@@ -58,7 +58,7 @@ gpu-rehearsal:   ## every stage of profile gpu, policy and judge included, at le
 gpu-rehearsal: SMALL := grpo.steps=2 grpo.prompts=16 metarm.pairs=200 data.max_train=2000 evaluation.pairs=20 benchmarks.rows=20 downstream.questions=2 downstream.steps=2
 
 test: data browser ## all tests but those that need a GPU
-	@$(BIN)/python -m pytest -m "not gpu" tests
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu" tests
 browser:         # the report is tested in a real one: in a container apt brings it, elsewhere Selenium finds Chrome or fetches it
 	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; fi || true

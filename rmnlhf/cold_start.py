@@ -6,6 +6,7 @@ carries more weight than the others, and the reason follows it. Pairs whose crit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -144,6 +145,7 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
     c, out = params.cold_start, Path(out)
     given = verify(c.adapter, held_out) if c.adapter else None
     recipe = {"params": params.model_dump(include={"policy", "cold_start", "grm", "seed"}), "pairs": fingerprint(*(p.id for p in pairs))}
+    recipe["adapter"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(given.iterdir()) if f.is_file() and f.suffix != ".md"} if given else None
     done = out / "recipe.json"
     if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(recipe)):
         log.info("%s holds the cold start of these parameters already", out)
@@ -266,8 +268,6 @@ def verify(folder: str | Path, held_out: list[PreferencePair] = ()) -> Path:
     hash a line) with those of `held_out`, which another `seed` draws.
 
     Raises FileNotFoundError or ValueError naming the file."""
-    import hashlib
-
     folder = Path(folder) if Path(folder).is_absolute() else policy.ROOT / folder
     sums = folder / "SHA256SUMS"
     if not (folder / "adapter_config.json").exists():

@@ -4,13 +4,17 @@ tests, and tests on real data where no mirror is there and no upstream has answe
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers that tests start
 
 import pytest
+from hypothesis import settings
 
 from rmnlhf import ROOT
 from rmnlhf.sources import fetch
 
 NOT_RUN = pytest.StashKey[int]()
+settings.register_profile("rmnlhf", derandomize=True, deadline=None, database=None)  # the same draws wherever the tests run
+settings.load_profile("rmnlhf")
 
 
 @pytest.fixture(scope="session")

@@ -191,3 +191,15 @@ def test_training_lowers_the_loss_resumes_and_is_done_once(P, tmp_path, monkeypa
     before = len(calls)
     cold_start.train(P, pairs, tmp_path / "halves")
     assert len(calls) == before  # done: not trained again
+
+
+def test_a_given_adapter_is_taken_as_it_is_now(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    settings = params.load(ROOT / "params.yaml", "smoke", [f"cold_start.adapter={given}", "cold_start.steps=0"])
+    for rank in (1, 2):
+        (given / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        run = cold_start.train(settings, [pair(1)], tmp_path / "run")
+        assert json.loads((run / "adapter/adapter_config.json").read_text()) == {"r": rank}
+    with pytest.raises(ValueError, match="neither an adapter nor steps"):
+        cold_start.train(params.load(ROOT / "params.yaml", "smoke", ["cold_start.adapter=null", "cold_start.steps=0"]), [pair(1)], tmp_path / "none")

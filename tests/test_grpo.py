@@ -337,7 +337,8 @@ def test_online_updates_on_human_rows_before_it_scores_the_others():
     reward = grpo.RewardFunction("online", settings, pairs, metarm)
     texts = [f"critique {i}" for i in range(60)]
     ids = [pairs[i % 6].id for i in range(60)]
-    reward(prompts=texts, completions=texts, pair_id=ids, swap=[i % 2 for i in range(60)])
+    swaps = [i // 6 % 2 for i in range(60)]
+    reward(prompts=texts, completions=texts, pair_id=ids, swap=swaps)
     (first, updated), (second, scored) = metarm.calls
     assert (first, second) == ("update", "score")
     said = [tiny.read_anything(t) for t in texts]
@@ -345,6 +346,13 @@ def test_online_updates_on_human_rows_before_it_scores_the_others():
     assert [r["critique"] for r in updated] == human and {0.0, 1.0, 1.5} == {r["target"] for r in updated}  # wrong verdicts kept
     assert [r["critique"] for r in scored] == [t for t, i, j in zip(texts, ids, said) if "Helpsteer3" in i and not j.error]
     assert all(r["metarm"] is None for r in reward.rows if "nobody" in r["pair_id"])
+    by_id = {p.id: p for p in pairs}
+    asked = {t: (by_id[i], bool(s)) for t, i, s in zip(texts, ids, swaps)}
+    assert all((r["pair"], r["swap"]) == asked[r["critique"]] for r in [*updated, *scored])
+    for r in updated:
+        shown = r["pair"].swapped() if r["swap"] else r["pair"]
+        right = tiny.read_anything(r["critique"]).verdict == shown.label
+        assert r["target"] == (1 + 0.5 * (fingerprint("f1", r["critique"]) % 101 / 100 >= 0.5) if right else 0)
 
 
 def test_a_run_without_any_human_critique_stops():
@@ -415,7 +423,9 @@ def finished(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(grpo.grm, "parse_judgement", tiny.read_anything)
     patch.setattr(rewards, "process_rewards", tiny.compare_anything)
+    threads = torch.get_num_threads()
     run = tiny.train(folder)
+    torch.set_num_threads(threads)
     patch.undo()
     return run
 
@@ -501,12 +511,40 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, t
     assert (other / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_trl_is_told_the_papers_settings(tmp_path):
+    a = grpo.arguments(tiny.settings(**{"grpo.lr": 3e-4, "grpo.epsilon": 0.15, "grpo.max_grad_norm": 0.7, "grpo.steps": 5}), tmp_path, 11)
+    assert (a.learning_rate, a.epsilon, a.max_grad_norm, a.max_steps, a.seed) == (3e-4, 0.15, 0.7, 5, 11)
+    assert (a.loss_type, a.num_iterations, a.gradient_accumulation_steps, a.steps_per_generation) == ("dapo", 1, 1, 1)
+    assert str(getattr(a.lr_scheduler_type, "value", a.lr_scheduler_type)) == "constant" and a.weight_decay == 0
+    assert (a.num_generations, a.per_device_train_batch_size) == (4, 8) and not a.mask_truncated_completions
+
+
+def test_other_critiques_or_other_weights_are_another_run(tmp_path, monkeypatch):
+    """What would be trained is enough to know."""
+    monkeypatch.setattr(grpo.Trainer, "train", lambda self, **k: (_ for _ in ()).throw(InterruptedError))
+
+    def config(name, data=None, seed=0):
+        with pytest.raises(InterruptedError):
+            grpo.train("outcome", tiny.settings(), splits=data or tiny.splits(), model=(tiny.model(True, seed=seed), tiny.tokenizer()), run=tmp_path / name)
+        return (tmp_path / name / "config.yaml").read_text()
+
+    data, first = tiny.splits(), config("first")
+    assert config("again") == first
+    edited = [replace(p, critiques=[replace(c, text=c.text + " Truly.") for c in p.critiques]) for p in data.train]
+    assert config("critiques", replace(data, train=edited)) != first and config("weights", seed=1) != first
+    turned = replace(data, hidden=[replace(p, label="BA"[p.label == "B"]) for p in data.hidden])
+    assert config("labels", turned) != first
+
+
 def test_records_of_a_run(finished):
     metrics, rollouts = rows(finished), rows(finished, "rollouts.jsonl")
     assert [r["step"] for r in metrics] == [1, 2, 3] and len(rollouts) == 3 * 8
     wanted = {"loss", "reward", "outcome", "process", "metarm", "metarm_loss", "kl", "clip_share", "degenerate_groups", "engine_gap", "tokens", "cut_share",
               "format_errors", "masked", "missing"}  # fmt: skip
     assert wanted <= set(metrics[0])
+    live = [m for m in metrics if m["degenerate_groups"] < 1]
+    assert live and all(m[k] is not None for m in live for k in ("loss", "grad_norm", "kl", "entropy", "tokens", "cut_share", "engine_gap"))
+    assert all(m["kl"] > 0 for m in live)  # grpo.beta reaches the loss: tiny's adapter differs from its base
     assert all(m["clip_share"] == 0 for m in metrics)  # strictly on-policy
     for m in metrics:
         mine = [r for r in rollouts if r["step"] == m["step"]]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rmnlhf import metarm, params, rewards
+from rmnlhf import grm, metarm, params, rewards
 from rmnlhf.grm import Judgement
-from rmnlhf.pairs import HumanCritique, PreferencePair, swap_sides
+from rmnlhf.pairs import OTHER, HumanCritique, PreferencePair, read_rows, swap_sides
 from rmnlhf.rollout import Completion
 
 TOPICS = ["school uniforms", "plastic bottles", "spanking", "nuclear power", "books", "tram lines", "home work", "zoos", "cash", "football"]
@@ -137,6 +137,9 @@ def test_what_decides_is_the_critique_not_the_source_tag(P):
     assert [r["target"] for r in rows] == [1.5, 1.5]  # format errors are left out
     shown = metarm.from_rollouts(pairs[:1], [[_completion(texts[0])]], [True], P)  # the same words, shown the other way round
     assert [r["target"] for r in shown] == [0.0] and shown[0]["swap"]
+    mirrored = "<critics>Response A gives more facts and examples.</critics>\n<choice>[[A]]</choice>"
+    turned = metarm.from_rollouts(pairs[:1], [[_completion(mirrored)]], [True], P)
+    assert [(r["target"], r["swap"]) for r in turned] == [(1.5, True)] and turned[0]["pair"] is pairs[0]
     bare = [PreferencePair(p.id, p.source, p.group, p.context, p.response_a, p.response_b, p.label) for p in pairs]
     with pytest.raises(ValueError, match="human critique"):
         metarm.from_rollouts(bare, [[_completion(texts[0])]] * 2, [False] * 2, P)
@@ -367,3 +370,45 @@ def test_a_hub_base_is_read_at_its_commit(P, tune, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
     with pytest.raises(LookupError, match="^someone/encoder at 0123abc$"):
         metarm.MetaRM(P.metarm.model_copy(update={"base": "someone/encoder@0123abc", "tune": tune}))
+
+
+def test_drift_is_measured_on_fresh_rollouts_in_the_order_shown(tmp_path, monkeypatch, caplog):
+    S = params.load(profile="smoke", overrides=["reward.binary=true", "metarm.drift_every=2", "metarm.drift_pairs=6", "grpo.steps=5"])
+    monkeypatch.setattr(grm, "encode_prompt", lambda pair, tok, longest, swap=False, think=False: (pair, swap))
+    synced, swaps = [], set()
+
+    class Engine:
+        def sync(self, model):
+            synced.append(model)
+
+        def generate(self, prompts, n, *settings):
+            swaps.update(s for _, s in prompts)
+            right = [(p.swapped() if s else p).label for p, s in prompts]
+            return [[_completion(f"<critics>{PRAISE[0].format(v)}</critics>\n<choice>[[{v}]]</choice>") for v in (r, OTHER[r]) * 2] for r in right]
+
+    class Knows:
+        def __init__(self, sign):
+            self.sign = sign
+
+        def score(self, rows):
+            return self.sign * 1.5 * np.array([r["critique"][9] == (r["pair"].swapped() if r["swap"] else r["pair"]).label for r in rows], float)
+
+    drift = metarm.Drift(S, [make(i) for i in range(8)], Knows(-1), tmp_path)
+    assert len(drift.pairs) == 6 and [s for s in range(1, 6) if drift.due(s)] == [2, 4, 5]
+    line = drift.measure(4, "policy", None, Knows(1), Engine())
+    assert synced == ["policy"] and swaps == {False, True} and line["n"] == 24 and not line["alarm"]
+    assert line["online_mae"] == 0 and line["online_rho"] == pytest.approx(1) and line["frozen_rho"] == pytest.approx(-1)
+    assert drift.measure(5, "policy", None, Knows(-1), Engine())["alarm"] and "below metarm.drift_alarm" in caplog.text
+    drift.measure(4, "policy", None, Knows(1), Engine())
+    assert [x["step"] for x in read_rows(drift.path)] == [4]
+
+
+def test_extra_rows_are_learnt_but_not_replayed_and_set_no_level(P):
+    settings = P.metarm.model_copy(update={"epochs": 1})
+    rows = judged([make(i) for i in range(10)])
+    extra = [r | {"target": r["target"] + 3} for r in judged([make(i) for i in range(10, 30)], seed=2)]
+    one, alone = metarm.MetaRM(settings, 3), metarm.MetaRM(settings, 3)
+    one.fit(rows, extra=extra), alone.fit(rows)
+    assert one.buffer_targets.tolist() == [r["target"] for r in rows] and one.seen == len(rows)
+    assert one.score(rows).mean() == pytest.approx(np.mean([r["target"] for r in rows]), abs=1e-4)
+    assert not np.allclose(one.score(rows), alone.score(rows), atol=1e-4)

@@ -148,3 +148,15 @@ def test_a_failing_cell_is_named_a_former_runs_figures_go_and_progress_is_lines(
     assert sorted(p.name for p in (tmp_path / "results").rglob("*old*")) == [] and (tmp_path / "results/figures/05_other.png").exists()
     assert not (tmp_path / "results/judgements/04").exists()
     assert "ZeroDivisionError" in (tmp_path / "results/notebooks/04_made.html").read_text()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_names_the_modules_that_it_imports(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    if name == "09_report":  # report computes rewards and texts with what it imports
+        code += (ROOT / "rmnlhf/report.py").read_text(encoding="utf-8").replace("from . import ROOT, ", "from rmnlhf import ").replace("from .", "from rmnlhf.")
+    used = set(re.findall(r"^from rmnlhf\.(\w+)", code, re.MULTILINE))
+    used |= {m for line in re.findall(r"^from rmnlhf import (.+)", code, re.MULTILINE) for m in re.split(r",\s*", line.strip())}
+    deps = {Path(d).stem for d in paths(STAGES[name]["deps"]) if d.startswith("rmnlhf/")}
+    assert used > {"params"} and not (lost := used - deps - {"params"}), lost

@@ -4,10 +4,13 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny
 
+from rmnlhf import grpo, rewards
 from rmnlhf.grm import Judgement, parse_judgement
 from rmnlhf.pairs import HumanCritique, PreferencePair
 from rmnlhf.rewards import ProcessRewardError, check_process_rows, composite, from_metarm, process_rewards
+from rmnlhf.similarity import Similarity
 
 RIGHT, WRONG, BROKEN = Judgement("c", "A", None), Judgement("c", "B", None), Judgement("c", None, "no choice block")
 
@@ -113,3 +116,26 @@ def test_a_failed_judge_is_missing():
 
     (score,) = process_rewards(["Response A is clear."], [HUMAN[:1]], backend="llm", judge=Dead())
     assert math.isnan(score.f1) and math.isnan(composite(RIGHT, "A", score.f1))
+
+
+@pytest.mark.parametrize("swap", [0, 1])
+def test_training_compares_a_critique_with_the_references_as_shown(swap):
+    p, right, other = pair(HUMAN[:1]), "AB"[swap], "BA"[swap]  # label A as stored
+    texts = [f"<critics>Response {s} gives more evidence.</critics>\n<choice>[[{right}]]</choice>" for s in (right, other)]
+    reward = grpo.RewardFunction("human", tiny.settings(), [p])
+    assert reward(prompts=texts, completions=texts, pair_id=[p.id] * 2, swap=[swap] * 2) == pytest.approx([1.5, 1.0])
+    assert [r["label"] for r in reward.rows] == [right] * 2 and [r["process"] for r in reward.rows] == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize("changes, right, wrong", [  # F1 0.4 from people, 1.2 from MetaRM
+    ({}, (1.0, 1.2), (0, 0)), ({"reward.binary": "false"}, (1.2, 1.2), (0, 0)), ({"similarity.threshold": 0.4}, (1.5, 1.2), (0, 0)),
+    ({"reward.binary": "false", "reward.weight": 0.1}, (1.04, 1.1), (0, 0)), ({"reward.bonus": "paper"}, (1.0, 1.1), (0, 0)),
+    ({"reward.bonus": "binary"}, (1.0, 1.0), (0, 0)), ({"reward.gated": "false", "reward.binary": "false"}, (1.2, 1.2), (0.2, 0.5)),
+    ({"reward.gated": "false", "reward.binary": "false", "metarm.target": "process"}, (1.2, 1.2), (0.2, 0.2)),
+])  # fmt: skip
+def test_training_pays_by_the_settings(changes, right, wrong, monkeypatch):
+    monkeypatch.setattr(rewards, "process_rewards", lambda c, refs, **_: [Similarity(0.4, 0.4, 0.4) if r else None for r in refs])
+    frozen = type("Frozen", (), {"score": lambda self, rows: [1.2] * len(rows)})()
+    reward = grpo.RewardFunction("offline", tiny.settings(**changes), [pair(HUMAN[:1]), replace(pair([]), id="2")], frozen)
+    texts = [f"<critics>x y.</critics>\n<choice>[[{v}]]</choice>" for v in "AABB"]
+    assert reward(prompts=texts, completions=texts, pair_id=["1", "2"] * 2, swap=[0] * 4) == pytest.approx([*right, *wrong])

@@ -111,3 +111,10 @@ def test_holm():
 def test_a_table_as_the_tree_of_a_metrics_file():
     table = pd.DataFrame({"set": ["x", "x", "y"], "k": [2, 3, 2], "mean": [0.12345678, np.nan, 1.0], "n": [4, 5, 6]})
     assert stats.tree(table, "set", "k") == {"x": {"2": {"mean": 0.123457, "n": 4}, "3": {"mean": None, "n": 5}}, "y": {"2": {"mean": 1.0, "n": 6}}}
+
+
+def test_over_is_one_arm_less_the_other_pair_by_pair():
+    rows = [("p", "x", 1.0), ("p", "x", 0.0), ("p", "x", 1.0), ("p", "x", 1.0), ("p", "y", 0.25), ("q", "x", 0.5), ("q", "y", np.nan),
+            ("r", "y", 1.0), ("s", "x", 0.2), ("s", "y", 0.1)]  # fmt: skip
+    found = stats.over(pd.DataFrame(rows, columns=["id", "arm", "f1"]), "x", "y", "f1", n=50)
+    assert found["n"] == 2 and found["mean"] == pytest.approx(0.3)
