@@ -26,7 +26,7 @@ $(READY): pyproject.toml requirements/constraints.txt
 	@$(PYTHON) -m venv .venv && $(PIP) uv
 # without a GPU: the CPU build of torch, without CUDA's packages
 ifeq ($(EXTRAS),[dev])
-	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	@$(BIN)/python -c 'import torch; assert torch.__version__.split("+")[0] == "$(TORCH)"' 2>/dev/null || \
 	  $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null || $(PIP) torch==$(TORCH)
 endif
 	@$(PIP) -e .$(EXTRAS)

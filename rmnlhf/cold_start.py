@@ -144,7 +144,8 @@ def train(params, pairs: list[PreferencePair], out: str | Path = "results/runs/c
 
     c, out = params.cold_start, Path(out)
     given = verify(c.adapter, held_out) if c.adapter else None
-    recipe = {"params": params.model_dump(include={"policy", "cold_start", "grm", "seed"}), "pairs": fingerprint(*(p.id for p in pairs))}
+    said = [(p.id, p.response_a, p.response_b, p.label, *((c.annotator, c.label, c.text) for c in p.critiques)) for p in pairs]
+    recipe = {"params": params.model_dump(include={"policy", "cold_start", "grm", "seed"}), "pairs": fingerprint(*said)}
     recipe["adapter"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(given.iterdir()) if f.is_file() and f.suffix != ".md"} if given else None
     done = out / "recipe.json"
     if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(recipe)):

@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from . import grm, judge, policy, rewards, rollout, shared_prefix
 from .live import Live
-from .pairs import PreferencePair, append_rows, fingerprint, read_rows, write_jsonl
+from .pairs import PreferencePair, append_rows, code, fingerprint, read_rows, write_jsonl
 from .params import ARMS, run_name
 
 log = logging.getLogger(__name__)
@@ -508,7 +508,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
 
     The folder holds adapter/, metrics.jsonl, rollouts.jsonl, timings.jsonl, config.yaml, checkpoints/ and, for arm `online`,
     metarm/ and drift.jsonl. A finished run with the same settings is returned as it is; an interrupted one goes on from its last
-    checkpoint to the same losses, rewards and weights; one with other settings is replaced.
+    checkpoint to the same losses, rewards and weights; one with other settings is put aside.
 
     splits: results/splits by default. metarm: an object with update, score and state; by default the cold-start MetaRM of
     results/runs/metarm. model: (model, tokenizer) instead of the cold-start policy."""
@@ -552,6 +552,8 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     }  # fmt: skip
     with state.main_process_first():  # the others find what the first has made
         finished = _continue(run, config)
+    if state.is_main_process and _other_code(run):
+        log.warning("%s: trained, at least in part, by other code than today's; remove the folder to train it anew", run)
     if finished:
         return run
     drift = None
@@ -582,18 +584,33 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
 
 
 def _continue(run: Path, config: dict) -> bool:
-    """Whether the run is finished with these settings; one with other settings is removed."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Whether the run is finished with these settings. One with other settings is put aside in `.former`, and comes back with them."""
     text, file = yaml.safe_dump(config, sort_keys=False), run / "config.yaml"
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return (run / "adapter" / "adapter_config.json").exists()
+    aside = lambda said: run.parent / ".former" / f"{run.name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"  # noqa: E731
+    if file.exists() and (old := file.read_text(encoding="utf-8")) != text:
+        log.warning("%s was made with other settings: it is kept in %s", run, aside(old))
+        aside(old).parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside(old), ignore_errors=True)
+        os.replace(run, aside(old))
+    if not file.exists() and aside(text).exists():
+        shutil.rmtree(run, ignore_errors=True)
+        os.replace(aside(text), run)
     if file.exists():
-        log.warning("%s was made with other settings: starting anew", run)
-    shutil.rmtree(run)
+        return (run / "adapter" / "adapter_config.json").exists()
+    shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     (run / "config.part").write_text(text, encoding="utf-8")
     os.replace(run / "config.part", file)
     return False
+
+
+def _other_code(run: Path) -> bool:
+    """Whether other code than today's has trained this run; code.txt holds one hash for each version. Comments do not count."""
+    now = code("arguments", "grm", "grpo", "metarm", "policy", "rewards", "rollout", "shared_prefix", "similarity")
+    seen = (run / "code.txt").read_text().split() if (run / "code.txt").exists() else []
+    if not seen or seen[-1] != now and not (run / "adapter").exists():
+        (run / "code.txt").write_text("\n".join([*seen, now]) + "\n")
+    return set(seen) > {now} or bool(seen) and now not in seen
 
 
 def _rewind(run: Path, checkpoint: Path | None) -> int:

@@ -167,6 +167,7 @@ class Benchmarks(Section):
     votes: Positive
     own: list[str]  # JSONL files of PreferencePair rows, each one more benchmark
     own_sha256: list[str] = []
+    judges_sha256: list[str] = []  # of recorded verdicts among the judges
 
 
 class Downstream(Section):
@@ -180,6 +181,7 @@ class Params(Section):
 
     profile: Profile
     seed: int
+    endpoint: bool = False  # whether a judge's address was known when the file was resolved: 02 asks it where it is
     data: Data
     grm: Grm
     similarity: SimilaritySection
@@ -333,6 +335,8 @@ def main():
     part = out.with_name(out.name + ".part")
     found = load(profile=args.profile, overrides=os.environ.get("RMNLHF_SET", "").split())  # key=value …: `make gpu-rehearsal`
     found.data.own_sha256 = _sha256("data.own", found.data.own) if found.data.own else None
+    found.endpoint = bool(os.environ.get(found.judge.base_url_env))
+    found.benchmarks.judges_sha256 = [_sha256("benchmarks.judges", name) for name in found.benchmarks.judges if name.endswith(".jsonl")]
     found.benchmarks.own_sha256 = [_sha256("benchmarks.own", file) for file in found.benchmarks.own]
     part.write_text(yaml.safe_dump(found.model_dump(), sort_keys=False), encoding="utf-8")
     os.replace(part, out)

@@ -68,11 +68,14 @@ def make(params) -> Splits:
         roles["hidden"] += found
     if d.own:
         own, taken = pairs_.read_jsonl(d.own), {p.id for members in roles.values() for p in members}
-        for pair in own.pairs:
+        role_of = {p.group: role for role, members in roles.items() for p in members}  # a group stands in one role
+        for pair in sorted(own.pairs, key=lambda p: not p.agreeing):
             if pair.id in taken:
                 own.refused["its id is that of another source's pair"] += 1
+            elif role_of.setdefault(pair.group, "train" if pair.agreeing else "hidden") == "unseen":
+                own.refused["its group is held out for evaluation"] += 1
             else:
-                roles["train" if pair.agreeing else "hidden"].append(pair)
+                roles[role_of[pair.group]].append(pair)
         report[d.own] = {"read": own.lines, "refused": dict(own.refused), "examples": own.examples}
 
     evaluation = {}

@@ -495,7 +495,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_rewards_and_weights(finished, t
         assert [(int(step), float(x)) for step, x in watched] == [(r["step"], pytest.approx(r[name])) for r in rows(run)]
 
 
-def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, tmp_path):
+def test_a_finished_run_is_kept_and_one_with_other_settings_put_aside(finished, tmp_path, caplog):
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     tiny.train(finished)
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
@@ -503,12 +503,22 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_replaced(finished, t
     tiny.train(other, "outcome", **{"grpo.steps": 1})
     tiny.train(other, "outcome", **{"grpo.steps": 2})
     assert [r["step"] for r in rows(other)] == [1, 2]
+    (former,) = (tmp_path / ".former").iterdir()
+    assert [r["step"] for r in rows(former)] == [1] and (former / "adapter").exists()  # nothing is lost
+    made = (other / "metrics.jsonl").stat().st_mtime_ns
+    tiny.train(other, "outcome", **{"grpo.steps": 1})  # back with its settings, not trained again
+    assert [r["step"] for r in rows(other)] == [1]
+    tiny.train(other, "outcome", **{"grpo.steps": 2})
+    assert (other / "metrics.jsonl").stat().st_mtime_ns == made
     fields = tiny.settings().model_dump()
     assert all(names <= fields[section].keys() for section, names in grpo.PATIENCE.items())  # what is misspelt would be left in
     before = (other / "metrics.jsonl").stat().st_mtime_ns
     patience = {"grpo.token_budget": 50, "rollout.batch": 3, "metarm.online_lr": 1.0}  # `outcome` has no MetaRM
     tiny.train(other, "outcome", **{"grpo.steps": 2} | patience)
-    assert (other / "metrics.jsonl").stat().st_mtime_ns == before
+    assert (other / "metrics.jsonl").stat().st_mtime_ns == before and "other code" not in caplog.text
+    (other / "code.txt").write_text("0123456789abcdef\n")
+    tiny.train(other, "outcome", **{"grpo.steps": 2})
+    assert "run: trained, at least in part, by other code than today's; remove the folder" in caplog.text
 
 
 def test_trl_is_told_the_papers_settings(tmp_path):

@@ -140,7 +140,7 @@ def test_every_parameter_is_read_somewhere():
         for section, field in params.Params.model_fields.items()
         if hasattr(field.annotation, "model_fields")
         for key in field.annotation.model_fields
-        if key != "own_sha256" and not re.search(rf"\.{key}\b", code)  # a checksum is no dial
+        if not key.endswith("_sha256") and not re.search(rf"\.{key}\b", code)  # a checksum is no dial
     ]
     assert not unused
 
@@ -154,7 +154,7 @@ def test_names_of_sources_and_benchmarks_are_those_that_there_are():
 
 def test_a_changed_own_file_changes_the_runs_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "params.yaml").read_text().replace("own: null", "own: mine.jsonl").replace("own: []", "own: [mine.jsonl]")
+    text = (ROOT / "params.yaml").read_text().replace("own: null", "own: mine.jsonl").replace("own: []", "own: [mine.jsonl]").replace("judges: [arms]", "judges: [arms, mine.jsonl]")
     (tmp_path / "params.yaml").write_text(text)
     monkeypatch.setattr("sys.argv", ["params", "-o", "out.yaml"])
     with pytest.raises(params.ParamsError, match=r"data\.own: mine\.jsonl: no such file"):
@@ -164,5 +164,5 @@ def test_a_changed_own_file_changes_the_runs_parameters(tmp_path, monkeypatch):
         (tmp_path / "mine.jsonl").write_text(rows)
         params.main()
         written.append(params.load("out.yaml"))
-    first, second = ((p.data.own_sha256, *p.benchmarks.own_sha256) for p in written)
-    assert len(first[0]) == 64 and first[0] == first[1] != second[0] == second[1]
+    first, second = ((p.data.own_sha256, *p.benchmarks.own_sha256, *p.benchmarks.judges_sha256) for p in written)
+    assert len(first) == 3 and len(first[0]) == 64 and len(set(first)) == len(set(second)) == 1 and first != second

@@ -158,5 +158,5 @@ def test_a_stage_names_the_modules_that_it_imports(name):
         code += (ROOT / "rmnlhf/report.py").read_text(encoding="utf-8").replace("from . import ROOT, ", "from rmnlhf import ").replace("from .", "from rmnlhf.")
     used = set(re.findall(r"^from rmnlhf\.(\w+)", code, re.MULTILINE))
     used |= {m for line in re.findall(r"^from rmnlhf import (.+)", code, re.MULTILINE) for m in re.split(r",\s*", line.strip())}
-    deps = {Path(d).stem for d in paths(STAGES[name]["deps"]) if d.startswith("rmnlhf/")}
+    deps = {Path(d).parts[1].removesuffix(".py") for d in paths(STAGES[name]["deps"]) if d.startswith("rmnlhf/")}
     assert used > {"params"} and not (lost := used - deps - {"params"}), lost

@@ -318,6 +318,8 @@ def test_unreachable_is_asked_once_and_loud(small, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(requests, "get", get)
     assert fetching.main(["--data-dir", str(tmp_path)]) == 0  # everything still runs, on `controlled`
     out = capsys.readouterr().out
+    assert fetching.main(["one", "--data-dir", str(tmp_path)]) == 1  # what is asked for by name must be there
+    calls.pop()
     assert len(calls) == 1 and "raw.githubusercontent.com does not answer" in out and "RMNLHF_MIRROR" in out
     assert [line for line in out.splitlines() if line.startswith("NO DATA")] == [
         "NO DATA: neither a mirror nor an upstream gave anything; everything runs on the generated pairs `controlled`."

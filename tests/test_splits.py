@@ -129,17 +129,22 @@ def test_own_pairs_join_training_unless_they_stand_in_an_evaluation_set(tmp_path
         replace(taken, id="own-stolen", source="own", response_a=taken.response_a.upper() + " !", group="own"),
         PreferencePair("own-1", "own", "x", [{"role": "user", "content": "q"}], "yes", "no", "A", taken.critiques[:1], {}),
         PreferencePair("own-2", "own", "y", [{"role": "user", "content": "q2"}], "yes", "no", "B", [], {}),
+        PreferencePair("own-3", "own", "x", [{"role": "user", "content": "q3"}], "yes", "no", "B", [], {}),  # beside own-1
+        PreferencePair("own-4", "own", taken.group, [{"role": "user", "content": "q4"}], "yes", "no", "B", [], {}),
     ]
     own[1] = replace(own[1], label=taken.critiques[0].label)
     file = write_jsonl(tmp_path / "own.jsonl", own)
     with file.open("a") as f:
         f.write('{"id": "broken", "label": "tie"}\n{"id": "half')
     made = splits.make(load(data_dir, *fixed, f"data.own={file}"))
-    assert "own-1" in {p.id for p in made.train} and "own-2" in {p.id for p in made.hidden}
+    assert {"own-1", "own-3"} <= {p.id for p in made.train} and "own-2" in {p.id for p in made.hidden}
+    groups = [{p.group for p in role} for role in (made.train, made.hidden, made.unseen)]
+    assert not any(a & b for i, a in enumerate(groups) for b in groups[i + 1 :])
     assert "own-stolen" not in {p.id for p in made.train + made.hidden}
     assert made.report["left out of training"]["train: the same pair stands in an evaluation set"] == 1
     about = made.report[str(file)]
-    assert about["read"] == 5 and about["refused"] == {"missing field": 1, "half-written last line": 1}
+    assert about["read"] == 7
+    assert about["refused"] == {"missing field": 1, "half-written last line": 1, "its group is held out for evaluation": 1}
 
 
 def test_save_and_load(made, tmp_path):

@@ -4,7 +4,7 @@ A judge is a policy (model and tokenizer), "endpoint" (through `rmnlhf.judge`), 
 or a function of the pair as shown. `open_judge` turns a name into one of these.
 
 Cache: one JSONL file per judge under .cache/judgements, named by a hash of its weights; one line per prompt, keyed by the
-prompt's tokens, the engine and its dtype, the decoding and the seed. A killed run goes on where it stopped, and two notebooks
+prompt's tokens, the engine, its code and its dtype, the decoding and the seed. A killed run goes on where it stopped, and two notebooks
 that ask one arm the same thing pay once.
 """
 
@@ -180,7 +180,7 @@ def _policy(model, tokenizer, asked, params, votes: int, cache: Path, max_prompt
     longest = max_prompt or p.max_prompt
     prompts = [grm.encode_prompt(pair, tokenizer, longest, swap=order == "ba", think=params.grm.think) for pair, order in asked]
     name, dtype = _engine(model, params)
-    what = json.dumps([name, str(dtype), votes, p.max_completion, temperature, top_p, seed])
+    what = json.dumps([pairs_.code("rollout", "policy"), name, str(dtype), votes, p.max_completion, temperature, top_p, seed])
     keys = [hashlib.sha256(f"{what}{ids}".encode()).hexdigest() for ids in prompts]
     file = cache / f"{fingerprint(model)}.jsonl"
     known = {r["key"]: r for r in pairs_.read_rows(file)}
@@ -216,7 +216,7 @@ def rollouts(model, tokenizer, prompts, n: int, params, cache: str | Path = ROLL
     from rmnlhf import rollout
 
     p, r = params.policy, params.rollout
-    what = json.dumps([rollout.chosen(model, params), n, p.max_completion, r.temperature, r.top_p, params.seed])
+    what = json.dumps([pairs_.code("rollout", "policy"), rollout.chosen(model, params), n, p.max_completion, r.temperature, r.top_p, params.seed])
     file = Path(cache) / f"{fingerprint(model)}.jsonl"
     starts = range(0, len(prompts), part)
     keys = {start: hashlib.sha256(f"{what}{prompts[start : start + part]}".encode()).hexdigest() for start in starts}
