@@ -61,7 +61,7 @@ def test_inconsistency_is_a_share_of_right_verdicts(notebook):
     found = notebook["inconsistency"](frame, 0.5)
     assert found["mean"] == 0.5 and found["n"] == 4 and found["low"] <= 0.5 <= found["high"]
     none = notebook["inconsistency"](frame.assign(correct=0.0), 0.5)
-    assert none == {"mean": None, "low": None, "high": None, "n": 0}, "no right verdict: no rate, not a rate of 0"
+    assert none == {"mean": None, "low": None, "high": None, "n": 0, "groups": 0}, "no right verdict: no rate, not a rate of 0"
     one_debate = notebook["inconsistency"](frame.assign(group="a"), 0.5)
     assert one_debate["mean"] == 0.5 and one_debate["low"] is None, "one group says nothing about groups"
 

@@ -555,7 +555,7 @@ def test_a_long_run_asks_its_judge_first(tmp_path, monkeypatch, capsys):
 
     over = ["similarity.backend=llm", f"judge.model={MODEL}", f"judge.cache={tmp_path}", "judge.retries=0", "judge.timeout=5"]
     settings = params.load(ROOT / "params.yaml", "smoke", over)
-    monkeypatch.setattr(params, "load", lambda profile=None: settings)
+    monkeypatch.setattr(params, "load", lambda profile=None, overrides=(): settings)
     monkeypatch.setenv(settings.judge.key_env, "k")
     monkeypatch.delenv(settings.judge.base_url_env, raising=False)
     with pytest.raises(SystemExit, match=settings.judge.base_url_env):
