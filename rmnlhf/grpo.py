@@ -552,7 +552,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     }  # fmt: skip
     with state.main_process_first():  # the others find what the first has made
         finished = _continue(run, config)
-    if state.is_main_process and _other_code(run):
+    if state.is_main_process and _note_code(run):
         log.warning("%s: trained, at least in part, by other code than today's; remove the folder to train it anew", run)
     if finished:
         return run
@@ -604,8 +604,9 @@ def _continue(run: Path, config: dict) -> bool:
     return False
 
 
-def _other_code(run: Path) -> bool:
-    """Whether other code than today's has trained this run; code.txt holds one hash for each version. Comments do not count."""
+def _note_code(run: Path) -> bool:
+    """Note the code that trains this run in code.txt, one hash for each version (comments do not count); returns whether another than
+    today's is among them."""
     now = code("arguments", "grm", "grpo", "metarm", "policy", "rewards", "rollout", "shared_prefix", "similarity")
     seen = (run / "code.txt").read_text().split() if (run / "code.txt").exists() else []
     if not seen or seen[-1] != now and not (run / "adapter").exists():

@@ -113,8 +113,8 @@ def collect(results: str | Path = "results") -> Run:
 
 
 def untraced(results: str | Path = "results") -> dict[str, list[str]]:
-    """{table: its columns that hold a figure which no metrics file of the run holds, to 1e-6}; a run's own metrics.jsonl and
-    drift.jsonl count. Empty: every figure of the report traces to a metrics file."""
+    """{table: its columns that hold a number which no metrics file of the run holds, to 1e-6}; a run's own metrics.jsonl and
+    drift.jsonl count. Found by value: a number that happens to stand elsewhere (small counts, 0, 1) passes."""
     folder, known, lost = Path(results), set(), {}
     keep = lambda text: known.add(round(float(text), 6))  # noqa: E731
     for path in [*folder.glob("metrics/*.json"), *folder.glob("runs/*/metrics.jsonl"), *folder.glob("runs/*/drift.jsonl")]:
@@ -461,7 +461,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
     out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
     groups = run.metrics.get("01_diagnosis", {}).get("inconsistency.cold_start.unseen.groups")
     if groups is not None and groups < MIN_GROUPS:
-        out.append(f"The rates of 01 draw groups, here {groups} debates: too few for their intervals to be trusted.")
+        out.append(f"The rates of 01 draw groups, here {groups}: too few for their intervals to be trusted.")
     if p.get("grpo"):
         n = len(p["grpo"]["seeds"])
         many = f"{n} training seeds, averaged within a pair" if n > 1 else "One training seed"

@@ -133,7 +133,7 @@ def test_a_failing_cell_is_named_a_former_runs_figures_go_and_progress_is_lines(
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     nb.cells = [
         nbformat.v4.new_code_cell("params_file = ''", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("import rmnlhf\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), 'steps'): pass"),
+        nbformat.v4.new_code_cell("import rmnlhf\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3), 'steps'): pass\nimport sys; print('a warning stays', file=sys.stderr)"),
         nbformat.v4.new_code_cell("1 / 0"),
     ]
     nbformat.write(nb, tmp_path / "notebooks" / "04_made.ipynb")
@@ -147,7 +147,8 @@ def test_a_failing_cell_is_named_a_former_runs_figures_go_and_progress_is_lines(
     assert "steps: 100%" in done.stdout + done.stderr
     assert sorted(p.name for p in (tmp_path / "results").rglob("*old*")) == [] and (tmp_path / "results/figures/05_other.png").exists()
     assert not (tmp_path / "results/judgements/04").exists()
-    assert "ZeroDivisionError" in (tmp_path / "results/notebooks/04_made.html").read_text()
+    page = (tmp_path / "results/notebooks/04_made.html").read_text()
+    assert "ZeroDivisionError" in page and "a warning stays" in page and "100%|" not in page  # progress is the log's
 
 
 @pytest.mark.parametrize("name", STAGES)
