@@ -1,7 +1,7 @@
 """Every GPU code path once, on one GPU, in ten minutes, with no hub.
 
     python bench/gpu_check.py                  # bench/results/gpu_check.json, or $OUT/gpu_check.json
-    python bench/gpu_check.py --part updates   # one part, one JSON line
+    python bench/gpu_check.py --part updates   # one part, or several: one JSON line, no file
 
 Weights are random: a tiny model, and Qwen2.5-7B from its configuration; the 135M policy comes from its package. Each part is
 tried by itself: what a machine lacks is named ("missing"), what breaks is told ("failed"), and the others go on. Without CUDA
@@ -15,6 +15,7 @@ import copy
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,25 @@ def mask(s) -> dict:
             found.append(shared_prefix.logps(model, packs)[0].detach())
         out["logps_max_difference"] = (found[0] - found[1]).abs().max().item()
     return out
+
+
+def long_pack(s) -> dict:
+    """Two groups in one pack of the token budget: log-probabilities against each completion in a forward of its own, fp32."""
+    import torch
+
+    from rmnlhf import shared_prefix
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, part = build("tiny", torch.float32, 4), s.budget // 8  # a pack: prompts of 3 and 1 parts, four completions of a part
+    if not shared_prefix.prepare(model):
+        raise RuntimeError("shared_prefix.prepare refused the tiny model")
+    g = torch.Generator().manual_seed(2)
+    prompts, said = ([torch.randint(3, 320, (n * part,), generator=g).tolist() for n in sizes] for sizes in ((3, 1), (1, 1, 1, 1)))
+    members = [said[:2], [said[2], said[3][: part // 3]]]
+    packs = shared_prefix.pack(prompts, members, model.device)
+    with torch.no_grad():
+        off = shared_prefix.logps(model, packs)[0] - shared_prefix.unpacked(model, prompts, members)
+    return {"logps_off": off.abs().max().item(), "tokens": packs.ids.shape[1]}
 
 
 def cpu_equal(s) -> dict:
@@ -112,9 +132,9 @@ def step(s) -> dict:
     model, out = build(s.size, torch.bfloat16, s.rank, checkpointing=True), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("trl", "transformers"):
-            made = timed(drawing(name, model, s), 1)
+            made = timed(drawing(name, model, s), s.steps)
             model.train()
-            done = update(trainer(model, s, name == "transformers", folder), batch(s, device()), max(1, s.repeats // 2))
+            done = update(trainer(model, s, name == "transformers", folder), batch(s, device()), s.repeats)
             out[name] = {"rollout": made, "update": done, "seconds": made["seconds"] + done["seconds"]}
     return out | {"ratio": out["trl"]["seconds"] / out["transformers"]["seconds"]}
 
@@ -132,10 +152,12 @@ def rollouts(s) -> dict:
     def draw(prompts, n):
         return engine.generate(prompts, n, s.tokens, 1.0, 1.0, 0, 64)
 
-    repeats = max(1, s.repeats // 2)
-    shared = timed(lambda: draw([prompt], s.N), repeats)
-    together = timed(lambda: draw([prompt] * s.N, 1), repeats)
+    shared = timed(lambda: draw([prompt], s.N), s.repeats)
+    together = timed(lambda: draw([prompt] * s.N, 1), s.repeats)
     single = timed(lambda: [draw([prompt], 1) for _ in range(s.N)], 1)
+    recorded, engine.graphs = engine.graphs, False
+    plain = timed(lambda: draw([prompt], s.N), 1)
+    engine.graphs = recorded
     done = draw([prompt], s.N)[0]
     made = sum(len(c.ids) for c in done)
     bound = rate["copy_gbs"] * 1e9 / sum(w.nbytes for n, w in model.named_parameters() if "lora_" not in n) * s.N
@@ -145,7 +167,8 @@ def rollouts(s) -> dict:
     engine.sync(model)
     off["logprobs_off_after_sync"] = logprob_difference(model, prompt, draw([prompt], s.N)[0])
     return {
-        "engine": "transformers", "tokens": s.tokens, "shared": shared, "requests_together": together, "requests_one_by_one": single,
+        "engine": "transformers", "tokens": s.tokens, "recorded": recorded, "shared": shared, "shared_not_recorded": plain,
+        "requests_together": together, "requests_one_by_one": single, "ratio_recorded": plain["seconds"] / shared["seconds"],
         "ratio_together": together["seconds"] / shared["seconds"], "ratio_one_by_one": single["seconds"] / shared["seconds"],
         "tokens_per_second": made / shared["seconds"], "share_of_decode_bound": made / shared["seconds"] / bound, **off,
     }  # fmt: skip
@@ -173,24 +196,78 @@ def vllm(s) -> dict:
     return {"logprobs_off": max(off), "all": off}
 
 
+def four_bits(s) -> dict:
+    """Weights in 4 bits: packed log-probabilities are those of a forward alone, rollouts agree with them, the gradient is finite."""
+    import bitsandbytes  # noqa: F401  # named where it is missing
+    import torch
+
+    from rmnlhf import policy, rollout, shared_prefix
+
+    prompts, members = [list(range(3, 200)), [9, 8, 7]], [[[5] * 30, [6] * 9], [[7] * 12]]
+    with tempfile.TemporaryDirectory() as folder:
+        saved(folder)
+        P = small_params(folder, **{"policy.load_in_4bit": "true", "policy.dtype": "bfloat16", "policy.gradient_checkpointing": "true"})
+        model, tok = policy.load(P, trainable=True)
+        disturb(model, 0.05)
+        done = rollout.engine(model, tok, P).generate(prompts[:1], 8, 16, 1.0, seed=1)[0]
+        out = {"shared_prefix": shared_prefix.prepare(model), "logprobs_off": logprob_difference(model, prompts[0], done)}
+        with torch.no_grad():
+            off = shared_prefix.logps(model, shared_prefix.pack(prompts, members, model.device))[0] - shared_prefix.unpacked(model, prompts, members)
+        small = setting(False)
+        found = gradient(trainer(model, small, out["shared_prefix"], folder), batch(small, "cuda"))
+    norm = sum(g.square().sum() for g in found.values()).sqrt().item()
+    return out | {"packed_off": off.abs().mean().item(), "gradient_norm": norm, "weights": len(found)}
+
+
 def unsloth(s) -> dict:
-    """Unsloth loads, its logits are those of plain Transformers, one update gives finite gradients."""
+    """Unsloth loads a folder; its log-probabilities, with its adapter and prompts of unequal length padded on the left, are those of
+    plain Transformers with the merged weights; one update gives finite gradients."""
     import unsloth  # noqa: F401  # before Transformers
     import torch
 
     from rmnlhf import policy, shared_prefix
 
-    ids = torch.arange(3, 60)[None]
+    ids, mask = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(3)), torch.ones(2, 60, dtype=torch.long)
+    ids[1, :37], mask[1, :37] = 0, 0  # prompts of 48 and 11 tokens, completions of 12
     with tempfile.TemporaryDirectory() as folder:
-        with torch.no_grad():
-            wanted = saved(folder).to(torch.bfloat16)(ids).logits.float()
+        plain = saved(folder)
         model, _ = policy.load(small_params(folder, **{"policy.backend": "unsloth", "policy.dtype": "bfloat16"}), trainable=True)
-        with torch.no_grad():
-            got = model(ids.cuda()).logits.float().cpu()
-        out = {"logits_off": (got - wanted).abs().mean().item(), "shared_prefix": shared_prefix.prepare(model)}
+        disturb(model, 0.05)
         small = setting(False)
-        found = gradient(trainer(model, small, out["shared_prefix"], folder), batch(small, "cuda"))
-    return out | {"gradient_norm": sum(g.square().sum() for g in found.values()).sqrt().item(), "weights": len(found)}
+        packed = shared_prefix.prepare(model)
+        train = trainer(model, small, packed, folder)
+        with torch.no_grad():
+            got = train._get_per_token_logps_and_entropies(model, ids.cuda(), mask.cuda(), 12)[0].float().cpu()
+        found = gradient(train, batch(small, "cuda"))
+        weights = {n: w.float().cpu() for n, w in policy.merged_weights(model, torch.float32)}
+    torch.save({"weights": weights, "ids": ids, "mask": mask, "got": got}, kept := tempfile.mktemp(suffix=".pt"))
+    norm = sum(g.square().sum() for g in found.values()).sqrt().item()
+    return {"shared_prefix": packed, "gradient_norm": norm, "weights": len(found), **_plainly(plain.config.to_dict(), kept)}
+
+
+def _plainly(config: dict, file: str) -> dict:
+    """What Unsloth found against plain Transformers, in a process of its own: Unsloth replaces the attention of the model's class."""
+    code = "import json, sys; sys.path[:0] = sys.argv[3:]; import gpu_check; print(json.dumps(gpu_check.without_unsloth(json.loads(sys.argv[1]), sys.argv[2])))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(config), file, str(Path(__file__).parent)], capture_output=True, text=True, check=False)
+    Path(file).unlink()
+    if done.returncode:
+        raise RuntimeError(done.stderr[-300:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def without_unsloth(config: dict, file: str) -> dict:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    kept = torch.load(file)
+    model, off = Qwen2ForCausalLM(Qwen2Config(**config)).float().eval(), []
+    model.load_state_dict(kept["weights"])
+    with torch.no_grad():
+        for ids, mask, got in zip(kept["ids"], kept["mask"], kept["got"]):
+            ids = ids[mask.bool()]
+            logps = model(ids[None]).logits[0, -13:-1].log_softmax(-1).gather(-1, ids[-12:, None])[:, 0]
+            off.append((logps - got).abs().mean().item())
+    return {"logprobs_off": off[0], "logprobs_off_padded": off[1]}
 
 
 def metarm(s) -> dict:
@@ -277,9 +354,10 @@ BARS = {
     "updates.ratio": ("at least", 2.5, True), "step.ratio": ("at least", 3, True), "vllm.logprobs_off": ("at most", 0.06, True),
     "updates.peak_ratio": ("at most", 0.6, True), "updates.flop_share": ("at least", 0.35, True),
     "rollouts.ratio_together": ("at least", 1.3, True), "rollouts.logprobs_off_after_sync": ("at most", 0.06, True), "smollm2.logprobs_off": ("at most", 0.06, True),
-    "unsloth.logits_off": ("at most", 0.06, True), "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
+    "unsloth.logprobs_off": ("at most", 0.06, True), "unsloth.logprobs_off_padded": ("at most", 0.06, True), "long_pack.logps_off": ("at most", 1e-3, False),
+    "four_bits.packed_off": ("at most", 0.06, True), "four_bits.logprobs_off": ("at most", 0.06, True), "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
 }  # fmt: skip
-PARTS = (machine, mask, cpu_equal, gradients, updates, step, rollouts, smollm2, metarm, resume, unsloth, vllm)
+PARTS = (machine, mask, long_pack, cpu_equal, metarm, resume, four_bits, unsloth, smollm2, gradients, updates, rollouts, step, vllm)
 
 
 def bars(found: dict) -> dict:
@@ -295,20 +373,24 @@ def bars(found: dict) -> dict:
 
 
 def main():
+    names = {p.__name__: p for p in PARTS}
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    reader.add_argument("--part", choices=[p.__name__ for p in PARTS], help="one part, printed and not written")
+    reader.add_argument("--part", nargs="+", choices=names, help="these parts, printed and not written")
     wanted = reader.parse_args().part
-    if wanted == "unsloth" and importlib.util.find_spec("unsloth"):
+    if wanted == ["unsloth"] and importlib.util.find_spec("unsloth"):
         import unsloth  # noqa: F401  # before anything imports Transformers
     s = setting(device() == "cuda")
-    if wanted:
-        print(json.dumps(attempt(next(p for p in PARTS if p.__name__ == wanted), s)))
+    if wanted and len(wanted) == 1:
+        print(json.dumps(attempt(names[wanted[0]], s)))
         return
     found = header()
-    for part in PARTS:
+    for part in [names[n] for n in wanted or names]:
         own = part.__name__ in ALONE and found["cuda"]
         found[part.__name__] = alone(__file__, "--part", part.__name__) if own else attempt(part, s)
         print(f"{part.__name__}: {json.dumps(found[part.__name__])}", file=sys.stderr, flush=True)
+    if wanted:
+        print(json.dumps(found))
+        return
     found["bars"] = bars(found)
     report("gpu_check.json", found)
     missed = [f"{n}: {b['figure']} ({b['bar']})" for n, b in found["bars"].items() if b["met"] is False]

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ALONE = ("unsloth", "vllm")  # Unsloth has to be imported before Transformers, vLLM keeps its memory: a process of their own
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth", "vllm", "triton")
+ALONE = ("unsloth", "vllm", "four_bits")  # Unsloth has to be imported before Transformers, vLLM keeps its memory: a process of their own
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth", "bitsandbytes", "vllm", "triton")
 SIZES = {
     "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
     "8b": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -34,8 +34,8 @@ SIZES = {
 def setting(cuda: bool):
     """P prompt tokens, N completions of C tokens; rollouts of `tokens`, so that eight of them one by one fit into the ten minutes."""
     if cuda:
-        return SimpleNamespace(size="7b", P=2500, C=600, N=8, rank=32, tokens=128, repeats=5, budget=32768, matmul=8192)
-    return SimpleNamespace(size="tiny", P=48, C=12, N=4, rank=4, tokens=6, repeats=2, budget=4096, matmul=256)
+        return SimpleNamespace(size="7b", P=2500, C=600, N=8, rank=32, tokens=128, repeats=5, steps=3, budget=32768, matmul=8192)
+    return SimpleNamespace(size="tiny", P=48, C=12, N=4, rank=4, tokens=6, repeats=2, steps=1, budget=4096, matmul=256)
 
 
 def device():

@@ -2,7 +2,8 @@
 
 Transformers' own `generate` encodes the prompt N times and reads N copies of its keys and values at every token. Here a
 prompt is encoded once; its completions are decoded together and read one copy. On a CPU with bf16 instructions the
-weights of this engine are a merged bf16 copy, whatever the trainer's dtype, laid out once for the matrix unit.
+weights of this engine are a merged bf16 copy, whatever the trainer's dtype, laid out once for the matrix unit. On a GPU a
+decoding step is recorded as a CUDA graph: launching its thousand kernels one by one takes longer than running them.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class TransformersEngine:
     def __init__(self, model, tokenizer, dtype: torch.dtype | None = None):
         if hasattr(model, "_saved_temp_tokenizer"):  # Unsloth's mark on a model that it loaded
             raise RuntimeError("Unsloth's models do not fill a Transformers cache: set rollout.engine: vllm, or policy.backend: transformers")
-        self.tokenizer, self.dtype = tokenizer, dtype or fast_dtype(model)
+        self.tokenizer, self.dtype, self.graphs = tokenizer, dtype or fast_dtype(model), model.device.type == "cuda"
         adapter = hasattr(model, "peft_config")
         base = model.get_base_model() if adapter else model
         self.copied = not getattr(base, "is_quantized", False) and (adapter or base.dtype != self.dtype)
@@ -201,7 +202,7 @@ class TransformersEngine:
         model, device = self.model, self.model.device
         live = torch.arange(len(prompts) * n, device=device)  # row -> completion; finished rows leave
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        kv, logits = _Shared(lengths, n), []
+        kv, logits, step = _Shared(lengths, n, fixed=self.graphs), [], None
         for some in _alike(lengths.tolist()):  # padded on the right, where a causal mask hides it
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[g], device=device) for g in some], batch_first=True)
             ends, at = torch.unique(lengths[some] - 1, return_inverse=True)  # the head is applied at the prompts' ends alone
@@ -227,19 +228,58 @@ class TransformersEngine:
                 left = int((~done).sum())
                 if left == 0 or t == max_new_tokens - 1:
                     break
-                if left <= 0.8 * len(live):
+                if left <= (0.5 if self.graphs else 0.8) * len(live):  # a graph is of one shape, and recorded anew
                     keep = (~done).nonzero()[:, 0]
                     live, token, done = live[keep], token[keep], done[keep]
                     kv.keep(keep)
+                    step = None
+                if kv.advance():
+                    step = None
                 position = (lengths[live // n] + t)[:, None]
-                mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4D: passed on as it is; `_Shared` masks
-                logits = model(
-                    token[:, None], position_ids=position, past_key_values=kv, use_cache=True, attention_mask=mask, rmnlhf_kv=kv
-                ).logits[:, -1]
-                kv.tokens = t + 1
+                step = step or self._step(kv, token[:, None], position)
+                logits = step(token[:, None], position)
         ids, lps, count, finished = ids.tolist(), lps.tolist(), count.tolist(), finished.tolist()
         texts = self.tokenizer.batch_decode([r[:c] for r, c in zip(ids, count)], skip_special_tokens=True)
         return [Completion(r[:c], p[:c], x, f) for r, p, c, x, f in zip(ids, lps, count, texts, finished)]
+
+
+    def _step(self, kv, token, position):
+        """The call that gives the next token's logits for (R, 1) tokens and positions; on a GPU a graph, if the model allows one."""
+        mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=token.device)  # 4D: passed on as it is; `_Shared` masks
+
+        def step(token, position):
+            out = self.model(token, position_ids=position, past_key_values=kv, use_cache=True, attention_mask=mask, rmnlhf_kv=kv)
+            return out.logits[:, -1]
+
+        if self.graphs and token.device.type == "cuda":
+            try:
+                return _Graph(step, token, position)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self.graphs = False  # of later calls: this one's keys and values stay as they are
+                log.warning("decoding without a CUDA graph, slower: %s", str(e).split("\n")[0])
+        return step
+
+
+class _Graph:
+    """A step recorded once and replayed with new tokens and positions in the same places; its output is overwritten by the next."""
+
+    def __init__(self, step, token, position):
+        self.token, self.position, self.graph = token.clone(), position.clone(), torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step(self.token, self.position)  # what a first call allocates or chooses is not to be recorded
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            self.logits = step(self.token, self.position)
+
+    def __call__(self, token, position):
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.logits
 
 
 class _PackedLinear(torch.nn.Module):
@@ -319,17 +359,20 @@ class _Shared:
     """Keys and values while decoding: one copy for each prompt (G·H, P, D), padded on the right, and the completions' own
     (R·H, T, D), T growing by blocks. It stands in for a Transformers cache: a model calls `update` in each layer.
 
-    All stay dense: a batched product in bf16 copies anything else first."""
+    All stay dense: a batched product in bf16 copies anything else first. `fixed`: a step reads whole blocks, masked, and which
+    token it writes is a number on the device, so that a recorded step serves all tokens of a block."""
 
     is_compileable = False
-    BLOCK = 32
+    BLOCK = (32, 256)  # `fixed`: 256
 
-    def __init__(self, lengths, n):
-        self.lengths = lengths
+    def __init__(self, lengths, n, fixed=False):
+        self.lengths, self.fixed = lengths, fixed
+        self.at = torch.zeros(1, dtype=torch.long, device=lengths.device)  # the own token that is written
+        self.own_bias = None  # (1, 1, 1, T), where `fixed`
         self.rows = torch.arange(len(lengths) * n, device=lengths.device) // n  # row -> prompt
         self.prompt: list = []  # by layer: [keys, values]
         self.own: list = []
-        self.tokens = 0  # own tokens before this step
+        self.tokens = -1  # own tokens before this step
         self._layout()
 
     def put(self, some: list, cache):
@@ -345,12 +388,28 @@ class _Shared:
                 for g, p, x in zip(some, lengths, got):
                     kept[g * h : (g + 1) * h, :p] = x[:, :p]
 
+    def advance(self) -> bool:
+        """Before each step: one token more. True where that took new memory, whose places a recorded step does not know."""
+        self.tokens += 1
+        new = self.tokens == self.own[0][0].shape[1]
+        if new:
+            block = self.BLOCK[self.fixed]
+            self.own = [[torch.cat([x, x.new_zeros(x.shape[0], block, x.shape[2])], 1) for x in own] for own in self.own]
+            if self.fixed:
+                unseen = torch.arange(self.tokens + block, device=self.at.device) >= self.tokens
+                self.own_bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill(unseen, float("-inf"))[None, None, None]
+        if self.fixed:
+            self.at.fill_(self.tokens)
+            self.own_bias[..., self.tokens] = 0.0
+        return new
+
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        own = self.own[layer_idx]
-        if self.tokens == own[0].shape[1]:
-            own[:] = [torch.cat([x, x.new_zeros(x.shape[0], self.BLOCK, x.shape[2])], 1) for x in own]
-        for kept, got in zip(own, (keys, values)):
-            kept[:, self.tokens] = got.flatten(0, 2)
+        for kept, got in zip(self.own[layer_idx], (keys, values)):
+            got = got.flatten(0, 2)
+            if self.fixed:
+                kept.index_copy_(1, self.at, got[:, None])
+            else:
+                kept[:, self.tokens] = got
         return keys, values
 
     def keep(self, index):
@@ -401,12 +460,12 @@ class _Shared:
         (prompt_keys, prompt_values), own = self.prompt[layer_idx], self.own[layer_idx]
         h, g = own[0].shape[0] // r, len(self.lengths)
         q = query.reshape(r * h, heads // h, d)
-        keys, values = (x.view(r, h, -1, d)[:, :, : self.tokens + 1] for x in own)
+        keys, values = (x.view(r, h, -1, d)[:, :, : None if self.fixed else self.tokens + 1] for x in own)
         shared, level = _attend(
             self._grouped(q, h).view(g, h, -1, d), prompt_keys.view(g, h, -1, d), prompt_values.view(g, h, -1, d), self.bias, scaling
         )
         shared, level = self._by_row(shared, h), self._by_row(level[..., None], h)
-        mine, mine_level = (x.flatten(0, 1) for x in _attend(q.view(r, h, -1, d), keys, values, None, scaling))
+        mine, mine_level = (x.flatten(0, 1) for x in _attend(q.view(r, h, -1, d), keys, values, self.own_bias, scaling))
         mixed = torch.lerp(mine.float(), shared.float(), torch.sigmoid(level - mine_level[..., None]))
         return mixed.to(query.dtype).view(r, 1, heads, d)
 

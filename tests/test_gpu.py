@@ -60,6 +60,17 @@ def test_rollouts_are_those_of_the_cpu():
     assert [[c.ids for c in g] for g in one] == [[c.ids for c in g] for g in other]
 
 
+def test_a_recorded_step_draws_what_a_plain_one_does(monkeypatch):
+    monkeypatch.setattr(rollout._Shared, "BLOCK", (32, 4))  # recorded anew at every fourth token
+    model, made = tiny.model(hidden=128).eval().cuda(), []
+    for graphs in (False, True):
+        engine = rollout.TransformersEngine(model, tiny.tokenizer())
+        engine.graphs = graphs
+        made.append([c.ids for g in engine.generate(PROMPTS, 3, 12, 0.9, seed=1) for c in g])
+        assert engine.graphs == graphs  # it did not give up
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("name", ["transformers", "vllm"])
 def test_the_engine_follows_the_policy(name, tmp_path):
     if name == "vllm":

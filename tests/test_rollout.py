@@ -59,6 +59,19 @@ def test_batch_size_and_early_stops_change_nothing(tokenizer, batch):
             torch.testing.assert_close(torch.tensor(c.logprobs), torch.tensor(d.logprobs), atol=1e-4, rtol=1e-4)
 
 
+def test_whole_blocks_read_under_a_mask_change_nothing(tokenizer, monkeypatch):
+    """What a recorded step on a GPU reads; new blocks come at tokens 4, 8, …"""
+    monkeypatch.setattr(rollout._Shared, "BLOCK", (32, 4))
+    model, made = ending(), []
+    for graphs in (False, True):
+        engine = rollout.TransformersEngine(model, tokenizer, torch.float32)
+        engine.graphs = graphs
+        made.append([c for g in engine.generate(PROMPTS, 3, 20, 0.9, seed=1) for c in g])
+    assert [c.ids for c in made[0]] == [c.ids for c in made[1]] and max(len(c.ids) for c in made[0]) > 8
+    for one, other in zip(*made):
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=1e-4)
+
+
 def test_prompts_encoded_in_one_pass_are_those_encoded_alone(model, tokenizer):
     assert rollout._alike([8, 7, 6]) == [[0, 1, 2]] and rollout._alike([8, 5, 4]) == [[0], [1, 2]]
     assert rollout._alike([8, 8], tokens=15) == [[0], [1]]
