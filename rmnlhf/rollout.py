@@ -142,7 +142,9 @@ class TransformersEngine:
         if self.copied:
             with torch.no_grad():
                 self.model = copy.deepcopy(model)
-                self.model = (self.model.unload() if adapter else self.model).to(self.dtype).eval()  # `sync` brings the merged weights
+                self.model = (self.model.unload() if adapter else self.model).eval()  # `sync` brings the merged weights
+                for weight in self.model.parameters():  # and not buffers: rotary frequencies in bf16 are wrong by whole turns at token 2,000
+                    weight.data = weight.data.to(self.dtype)
             self.model.requires_grad_(False)
             unit = model.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
             self.packed = _pack_linear(self.model) if unit and self.dtype == torch.bfloat16 else {}
