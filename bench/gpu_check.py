@@ -222,10 +222,11 @@ def four_bits(s) -> dict:
 def unsloth(s) -> dict:
     """Unsloth loads a folder; its log-probabilities, with its adapter and prompts of unequal length padded on the left, are those of
     plain Transformers with the merged weights; one update gives finite gradients."""
-    import unsloth  # noqa: F401  # before Transformers
     import torch
 
-    from rmnlhf import policy, shared_prefix
+    from rmnlhf import grpo, policy, shared_prefix  # noqa: F401  # trl first, as in a notebook: Unsloth then leaves its trainers alone
+    if not importlib.util.find_spec("unsloth"):
+        raise ImportError("not installed", name="unsloth")
 
     ids, mask = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(3)), torch.ones(2, 60, dtype=torch.long)
     ids[1, :37], mask[1, :37] = 0, 0  # prompts of 48 and 11 tokens, completions of 12
@@ -235,21 +236,21 @@ def unsloth(s) -> dict:
         disturb(model, 0.05)
         small = setting(False)
         packed = shared_prefix.prepare(model)
-        train = trainer(model, small, packed, folder)
+        train = trainer(model, small, packed or None, folder)
         with torch.no_grad():
             got = train._get_per_token_logps_and_entropies(model, ids.cuda(), mask.cuda(), 12)[0].float().cpu()
         found = gradient(train, batch(small, "cuda"))
         weights = {n: w.float().cpu() for n, w in policy.merged_weights(model, torch.float32)}
-    torch.save({"weights": weights, "ids": ids, "mask": mask, "got": got}, kept := tempfile.mktemp(suffix=".pt"))
-    norm = sum(g.square().sum() for g in found.values()).sqrt().item()
-    return {"shared_prefix": packed, "gradient_norm": norm, "weights": len(found), **_plainly(plain.config.to_dict(), kept)}
+        kept = f"{folder}/found.pt"
+        torch.save({"weights": weights, "ids": ids, "mask": mask, "got": got}, kept)
+        off = _plainly(plain.config.to_dict(), kept)
+    return {"shared_prefix": packed, "gradient_norm": sum(g.square().sum() for g in found.values()).sqrt().item(), "weights": len(found), **off}
 
 
 def _plainly(config: dict, file: str) -> dict:
     """What Unsloth found against plain Transformers, in a process of its own: Unsloth replaces the attention of the model's class."""
     code = "import json, sys; sys.path[:0] = sys.argv[3:]; import gpu_check; print(json.dumps(gpu_check.without_unsloth(json.loads(sys.argv[1]), sys.argv[2])))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(config), file, str(Path(__file__).parent)], capture_output=True, text=True, check=False)
-    Path(file).unlink()
     if done.returncode:
         raise RuntimeError(done.stderr[-300:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -377,8 +378,6 @@ def main():
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     reader.add_argument("--part", nargs="+", choices=names, help="these parts, printed and not written")
     wanted = reader.parse_args().part
-    if wanted == ["unsloth"] and importlib.util.find_spec("unsloth"):
-        import unsloth  # noqa: F401  # before anything imports Transformers
     s = setting(device() == "cuda")
     if wanted and len(wanted) == 1:
         print(json.dumps(attempt(names[wanted[0]], s)))

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ALONE = ("unsloth", "vllm", "four_bits")  # Unsloth has to be imported before Transformers, vLLM keeps its memory: a process of their own
+ALONE = ("unsloth", "vllm", "four_bits")  # Unsloth replaces the attention of a model's class, vLLM keeps its memory: a process of their own
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth", "bitsandbytes", "vllm", "triton")
 SIZES = {
     "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -108,8 +108,9 @@ def batch(s, where: str, equal: bool = True) -> dict:
     return {k: v.to(where) for k, v in out.items()}
 
 
-def trainer(model, s, packed: bool, folder: str):
-    """Our trainer, or trl's own as a user would write it; both take the batch that they are given in `training_step`."""
+def trainer(model, s, packed: bool | None, folder: str):
+    """Our trainer (None: padded, as models that `shared_prefix.prepare` refuses are trained), or trl's own as a user would write it
+    (False); both take the batch that they are given in `training_step`."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -121,12 +122,12 @@ def trainer(model, s, packed: bool, folder: str):
         loss_type="dapo", bf16=False, use_cpu=model.device.type == "cpu", report_to=[], gradient_checkpointing=False, temperature=1.0,
     )  # fmt: skip
     data, tok = Dataset.from_list([{"prompt": "x"}] * s.N), tokenizer()
-    if packed:
+    if packed is not False:
         params = SimpleNamespace(
-            grpo=SimpleNamespace(shared_prefix=True, token_budget=s.budget), policy=SimpleNamespace(max_prompt=s.P, max_completion=s.C)
+            grpo=SimpleNamespace(shared_prefix=bool(packed), token_budget=s.budget), policy=SimpleNamespace(max_prompt=s.P, max_completion=s.C)
         )
         out = grpo.Trainer(model, _no_reward, args, data, processing_class=tok, encoded={}, engine=None, run=folder, params=params, beta=0.0, seed=0)
-        if not out.packed:
+        if packed and not out.packed:
             raise RuntimeError("shared_prefix.prepare refused this model: see the warning above")
     else:
         base.set_attn_implementation("sdpa")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -149,8 +149,17 @@ def block_mask(p: Packed):
     return create_block_mask(seen, None, None, n, n, device=p.group.device)
 
 
+def whole_blocks(p: Packed, size: int = 128) -> Packed:
+    """Tokens of no group at the end, up to a whole number of flex attention's blocks. For less than one block torch takes another
+    kernel, which in bf16 does not compile (seen with torch 2.11 on an H200)."""
+    n = -len(p.group) % size
+    return replace(p, ids=pad(p.ids, (0, n)), positions=pad(p.positions, (0, n)), group=pad(p.group, (0, n), value=-1), branch=pad(p.branch, (0, n)))
+
+
 def attention(kind: str, p: Packed) -> dict:
     """What a forward of the packed row needs for attention `kind`: tokens, positions and who sees whom."""
+    if kind == "flex_attention":
+        p = whole_blocks(p)
     row = {"input_ids": p.ids, "position_ids": p.positions, "use_cache": False}
     if kind == "flex_attention":
         return row | {"attention_mask": block_mask(p)}
