@@ -4,8 +4,9 @@
     python bench/gpu_check.py --part updates   # one part, or several: one JSON line, no file
 
 Weights are random: a tiny model, and Qwen2.5-7B from its configuration; the 135M policy comes from its package. Each part is
-tried by itself: what a machine lacks is named ("missing"), what breaks is told ("failed"), and the others go on. Without CUDA
-the parts run on the tiny model, the result says "cuda": false and is written nowhere.
+tried by itself: what a machine lacks is named ("missing"), what breaks is told ("failed"), and the others go on. On a GPU the parts
+that time nothing run side by side, then the others one by one. Without CUDA all run on the tiny model, the result says "cuda": false
+and is written nowhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 # isort: off
@@ -134,7 +136,7 @@ def step(s) -> dict:
         for name in ("trl", "transformers"):
             made = timed(drawing(name, model, s), s.steps)
             model.train()
-            done = update(trainer(model, s, name == "transformers", folder), batch(s, device()), s.repeats)
+            done = update(trainer(model, s, name == "transformers", folder), batch(s, device()), s.steps)
             out[name] = {"rollout": made, "update": done, "seconds": made["seconds"] + done["seconds"]}
     return out | {"ratio": out["trl"]["seconds"] / out["transformers"]["seconds"]}
 
@@ -225,9 +227,9 @@ def unsloth(s) -> dict:
     import torch
 
     from rmnlhf import grpo, policy, shared_prefix  # noqa: F401  # trl first, as in a notebook: Unsloth then leaves its trainers alone
+
     if not importlib.util.find_spec("unsloth"):
         raise ImportError("not installed", name="unsloth")
-
     ids, mask = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(3)), torch.ones(2, 60, dtype=torch.long)
     ids[1, :37], mask[1, :37] = 0, 0  # prompts of 48 and 11 tokens, completions of 12
     with tempfile.TemporaryDirectory() as folder:
@@ -358,6 +360,7 @@ BARS = {
     "unsloth.logprobs_off": ("at most", 0.06, True), "unsloth.logprobs_off_padded": ("at most", 0.06, True), "long_pack.logps_off": ("at most", 1e-3, False),
     "four_bits.packed_off": ("at most", 0.06, True), "four_bits.logprobs_off": ("at most", 0.06, True), "metarm.saved_off": ("at most", 1e-5, False), "resume.weights_apart": ("at most", 0.0, False),
 }  # fmt: skip
+TIMED = ("machine", "updates", "rollouts", "step", "vllm")
 PARTS = (machine, mask, long_pack, cpu_equal, metarm, resume, four_bits, unsloth, smollm2, gradients, updates, rollouts, step, vllm)
 
 
@@ -373,6 +376,11 @@ def bars(found: dict) -> dict:
     return out
 
 
+def _keep(found: dict, name: str, part: dict):
+    found[name] = part
+    print(f"{name}: {json.dumps(part)}", file=sys.stderr, flush=True)
+
+
 def main():
     names = {p.__name__: p for p in PARTS}
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -384,9 +392,14 @@ def main():
         return
     found = header()
     for part in [names[n] for n in wanted or names]:
-        own = part.__name__ in ALONE and found["cuda"]
-        found[part.__name__] = alone(__file__, "--part", part.__name__) if own else attempt(part, s)
-        print(f"{part.__name__}: {json.dumps(found[part.__name__])}", file=sys.stderr, flush=True)
+        found[part.__name__] = None  # in this order
+    side = [n for n in names if n in found and n not in TIMED and found["cuda"]]
+    with ThreadPoolExecutor() as pool:
+        waiting = {pool.submit(alone, __file__, "--part", n): n for n in side}
+        for done in as_completed(waiting):
+            _keep(found, waiting[done], done.result())
+    for n in [n for n in names if n in found and n not in side]:
+        _keep(found, n, alone(__file__, "--part", n) if n in ALONE and found["cuda"] else attempt(names[n], s))
     if wanted:
         print(json.dumps(found))
         return

@@ -55,7 +55,7 @@ def build(size: str, dtype, rank: int, checkpointing: bool = False, where: str |
     config = Qwen2Config(**SIZES[size], rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(seed)
     with torch.device(where or device()):
-        base = Qwen2ForCausalLM(config).to(dtype) if size == "tiny" else Qwen2ForCausalLM._from_config(config, dtype=dtype)
+        base = Qwen2ForCausalLM(config).to(dtype) if size == "tiny" else _settled(Qwen2ForCausalLM._from_config(config, dtype=dtype))
         if not importlib.util.find_spec("peft"):
             return base.eval()
         from peft import LoraConfig, get_peft_model
@@ -65,6 +65,16 @@ def build(size: str, dtype, rank: int, checkpointing: bool = False, where: str |
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    return model
+
+
+def _settled(model):
+    """Random weights of a deep model, scaled as GPT-2's are at their start: else each layer outweighs all before it, which no trained
+    model does, and rounding alone turns the output into another one."""
+    model.get_input_embeddings().weight.data /= model.config.initializer_range
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data *= (2 * model.config.num_hidden_layers) ** -0.5
     return model
 
 
