@@ -132,8 +132,9 @@ class TransformersEngine:
     """Batched decoding with shared prompt keys and values. `sync` copies the policy's merged weights in."""
 
     def __init__(self, model, tokenizer, dtype: torch.dtype | None = None):
-        if hasattr(model, "_saved_temp_tokenizer"):  # Unsloth's mark on a model that it loaded
-            raise RuntimeError("Unsloth's models do not fill a Transformers cache: set rollout.engine: vllm, or policy.backend: transformers")
+        if hasattr(model, "_saved_temp_tokenizer") or any(type(m).forward.__module__.startswith("unsloth") for m in model.modules()):
+            # its mark on a model that it loaded; a plain model of a class that it has patched in this process
+            raise RuntimeError("what Unsloth has patched fills no Transformers cache: set rollout.engine: vllm, or policy.backend: transformers")
         self.tokenizer, self.dtype, self.graphs = tokenizer, dtype or fast_dtype(model), model.device.type == "cuda"
         adapter = hasattr(model, "peft_config")
         base = model.get_base_model() if adapter else model

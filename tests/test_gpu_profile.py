@@ -1,5 +1,6 @@
 """Profile gpu without a GPU: its data are fetched or the run stops, and README's models and figures are those of the code."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from rmnlhf import ROOT, params, sources, splits
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_common
 
+FILE = "bench/results/gpu_check.json"
+COMMITTED = subprocess.run(["git", "show", f"HEAD:{FILE}"], cwd=ROOT, capture_output=True, text=True, check=False)  # `make gpu-check` writes there
+MEASURED = json.loads(COMMITTED.stdout if COMMITTED.returncode == 0 else (ROOT / FILE).read_text(encoding="utf-8"))
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## GPU\n")[1].split("\n## ")[0]
 ROWS = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in SECTION.splitlines() if line.endswith("| computed |")]
 SHAPES = {
@@ -83,3 +87,30 @@ def test_profile_gpu_does_not_train_on_generated_pairs(tmp_path):
     P = params.load(ROOT / "params.yaml", "gpu", [f"data.dir={tmp_path}", "data.evaluation_sources=[]"])
     with pytest.raises(FileNotFoundError, match="none of .*helpsteer3.*python -m rmnlhf.sources helpsteer3"):
         splits.make(P)
+
+
+def test_readme_tells_what_was_measured_on_a_card():
+    m, free = MEASURED, MEASURED["updates"]["ours_without_checkpointing"]
+    assert m["cuda"] and m["card"] in SECTION and f"torch {m['versions']['torch'][:4]}" in SECTION
+    wanted = [
+        (f"{m['gradients']['relative_difference']:.1e}", "gradients.relative_difference"), (f"{m['updates']['ratio']:.2f}", "updates.ratio"),
+        (f"{m['updates']['ours']['seconds'] / free['seconds']:.2f}", None),
+        (f"{m['updates']['flop_share']:.2f}; {free['flop_share']:.2f}", "updates.flop_share"),
+        (f"{m['updates']['peak_ratio']:.2f}; {m['updates']['peak_ratio_above_weights']:.2f}", "updates.peak_ratio"),
+        (f"{m['rollouts']['ratio_together']:.2f}; {m['rollouts']['ratio_one_by_one']:.2f}", "rollouts.ratio_together"),
+        (f"{m['rollouts']['ratio_recorded']:.2f}", None), (f"{m['rollouts']['share_of_decode_bound']:.2f}", None),
+        ("; ".join(f"{m[p][k]:.3f}" for p, k in (("rollouts", "logprobs_off_after_sync"), ("smollm2", "logprobs_off"), ("four_bits", "logprobs_off"),
+                                                  ("unsloth", "logprobs_off"))), "rollouts.logprobs_off_after_sync"),
+    ]  # fmt: skip
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in SECTION.split("| | figure | bar |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()]
+    assert [r[1] for r in rows] == [figure for figure, _ in wanted]
+    for (_, _, bar), (_, name) in zip(rows, wanted):
+        assert bar == (m["bars"][name]["bar"].replace("1e-04", "0.0001") if name else "")
+
+
+def test_the_bars_of_the_file_are_those_of_its_figures():
+    import gpu_check
+
+    judged = gpu_check.bars(MEASURED)
+    assert judged == MEASURED["bars"]
+    assert {n for n, b in judged.items() if b["met"] is False} == {"updates.peak_ratio", "updates.flop_share"}  # README says why
