@@ -200,8 +200,9 @@ class Trainer(GRPOTrainer):
 
     record = None  # told of each step's figures
 
-    def __init__(self, *args, encoded: dict[str, list[int]], engine, run: Path, params, beta: float, seed: int, **kwargs):
+    def __init__(self, *args, encoded: dict[str, list[int]], engine, run: Path, params, beta: float, seed: int, cut=frozenset(), **kwargs):
         super().__init__(*args, **kwargs)
+        self.cut = cut
         self.encoded, self.engine, self.run, self.params, self.run_seed = encoded, engine, Path(run), params, seed
         for weight in self.model.parameters():
             if weight.requires_grad and hasattr(self.model, "peft_config"):  # trl makes them bf16 beside 4-bit weights, where a small step rounds to none
@@ -213,6 +214,7 @@ class Trainer(GRPOTrainer):
 
     # --- rollouts and rewards
     def _tokenize_prompts(self, prompts):
+        self._metrics["train"]["prompts_cut"].append(sum(p in self.cut for p in prompts) / len(prompts))
         return [self.encoded[p] for p in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -392,6 +394,7 @@ class Trainer(GRPOTrainer):
         names = {
             "loss": "loss", "grad_norm": "grad_norm", "kl": "kl", "entropy": "entropy", "degenerate_groups": "degenerate_groups",
             "clip_ratio/region_mean": "clip_share", "completions/mean_length": "tokens", "completions/clipped_ratio": "cut_share",
+            "prompts_cut": "prompts_cut",  # share of rollouts whose pair was over policy.max_prompt and lost its middle
             "engine_gap": "engine_gap",  # mean |log-probability at rollout - in the update|, nats
         }  # fmt: skip
         row = {"step": step} | {name: _number(logs.get(key)) for key, name in names.items()} | self.reward.figures
@@ -536,12 +539,14 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         policy_, tokenizer = policy.load(params, policy.start(params), trainable=True)
     else:
         policy_, tokenizer = model
-    encoded = {}
+    encoded, cut = {}, set()
     for row in rows:
         row["prompt"] = f"{row['pair_id']}\t{row['swap']}"
         if row["prompt"] not in encoded:
             pair = reward.pairs[row["pair_id"]]
             encoded[row["prompt"]] = grm.encode_prompt(pair, tokenizer, params.policy.max_prompt, bool(row["swap"]), params.grm.think)
+            if grm.CUT.strip() in tokenizer.decode(encoded[row["prompt"]]):
+                cut.add(row["prompt"])
     used = ["policy", "grm", "similarity", "rollout", "reward", "grpo"]
     used += ["judge"] * (params.similarity.backend == "llm") + ["metarm"] * (arm in ("offline", "online"))
     said = [(p.label, *((c.annotator, c.label, c.text) for c in p.critiques)) for p in pairs]
@@ -567,7 +572,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     record = _Record(run, f"{arm} {seed}", params.grpo.steps, drift) if state.is_main_process else None
     trainer = Trainer(
         policy_, reward, arguments(params, run, seed), Dataset.from_list(rows), processing_class=tokenizer, callbacks=[record] if record else [],
-        encoded=encoded, engine=rollout.engine(policy_, tokenizer, params), run=run, params=params, beta=params.grpo.beta, seed=seed,
+        encoded=encoded, engine=rollout.engine(policy_, tokenizer, params), run=run, params=params, beta=params.grpo.beta, seed=seed, cut=cut,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if record:

@@ -188,3 +188,24 @@ def test_a_launcher_that_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("RMNLHF_LAUNCH", f"{sys.executable} -c 'raise SystemExit(3)'")
     with pytest.raises(RuntimeError, match="rmnlhf.grpo outcome .* ended with status 3"):
         grpo.train("outcome", tiny.settings(), run=tmp_path / "outcome")
+
+
+def test_the_launcher_of_accelerate_trains_a_run(tmp_path, monkeypatch):
+    """RMNLHF_LAUNCH as a user sets it: two processes on a CPU, one step, from files alone."""
+    import tiny
+
+    from rmnlhf import grpo, splits
+    from rmnlhf.pairs import read_rows
+
+    tiny.model(hidden=32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    settings = tiny.settings(**{"policy.model": tmp_path / "base", "cold_start.enabled": "false", "grpo.steps": 1, "policy.rank": 2})
+    splits.save(tiny.splits(), tmp_path / "results" / "splits")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RMNLHF_LAUNCH", f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no")
+    run = grpo.train("outcome", settings)
+    (line,) = read_rows(run / "metrics.jsonl")
+    assert line["step"] == 1 and (run / "adapter" / "adapter_model.safetensors").exists()
+    assert len(list(read_rows(run / "rollouts.jsonl"))) == settings.grpo.prompts * settings.grpo.group
+    assert not (tmp_path / "results" / "runs" / "outcome.params.yaml").exists()

@@ -563,10 +563,15 @@ def test_records_of_a_run(finished):
             assert len({(r["pair_id"], r["swap"]) for r in mine[i : i + 4]}) == 1
             a = grpo.advantages(torch.tensor([[r["reward"] for r in mine[i : i + 4]]]))
             assert a[0].tolist() == pytest.approx([r["advantage"] for r in mine[i : i + 4]], abs=1e-6)
+    scored = [r for r in rollouts if r["process"] is not None and r["reference"]]
+    assert scored and all(isinstance(r["critique"], str) for r in scored)
+    for r in scored:  # which of the critique's arguments met which of the reference's
+        assert r["arguments"] == [{"text": r["critique"], "side": "A", "polarity": 1}] and r["matches"][0][:2] == [0, 0]
+        assert r["reference"] == [{"text": "sun", "side": "A", "polarity": 1, "core": True}]
     assert {"adapter", "config.yaml", "checkpoints", "tensorboard", "dvclive"} <= {p.name for p in finished.iterdir()}
 
 
-@pytest.mark.parametrize("case", ["equal", "nan", "missing", "one rollout", "empty", "long prompt"])
+@pytest.mark.parametrize("case", ["equal", "nan", "missing", "one rollout", "empty", "long prompt", "cut"])
 def test_bad_input_gives_a_finite_loss(case, tmp_path, monkeypatch):
     overrides = {"grpo.steps": 1}
     call = grpo.RewardFunction.__call__
@@ -583,11 +588,13 @@ def test_bad_input_gives_a_finite_loss(case, tmp_path, monkeypatch):
         real = rollout.TransformersEngine.generate
         nothing = rollout.Completion([], [], "", True)
         monkeypatch.setattr(rollout.TransformersEngine, "generate", lambda *a, **k: [[nothing, *g[1:]] for g in real(*a, **k)])
+    elif case == "cut":
+        overrides["policy.max_completion"] = 2
     else:
         long = [PreferencePair(p.id, p.source, p.group, p.context, p.response_a * 200, p.response_b * 150, p.label, p.critiques)
-                for p in tiny.splits().train]  # fmt: skip
+                for p in (*tiny.splits().train, *tiny.splits().hidden)]  # fmt: skip
         splits = tiny.splits()
-        splits.train = long
+        splits.train, splits.hidden = long[:6], long[6:]
         monkeypatch.setattr(tiny, "splits", lambda: splits)
     run = tiny.train(tmp_path / "run", "outcome", **overrides)
     (line,) = rows(run)
@@ -600,6 +607,8 @@ def test_bad_input_gives_a_finite_loss(case, tmp_path, monkeypatch):
         assert moved > 0
     if case in ("nan", "missing"):
         assert rows(run, "rollouts.jsonl")[0]["advantage"] == 0.0
+    assert line["prompts_cut"] == float(case == "long prompt")
+    assert line["cut_share"] == 1.0 if case == "cut" else line["cut_share"] <= 1.0
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):

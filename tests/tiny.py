@@ -4,6 +4,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rmnlhf import grpo, params, policy, rewards
+from rmnlhf.arguments import Argument
 from rmnlhf.grm import Judgement
 from rmnlhf.pairs import HumanCritique, PreferencePair, fingerprint
 from rmnlhf.similarity import Similarity
@@ -67,7 +68,8 @@ def read_anything(text, *limits) -> Judgement:
 def compare_anything(critiques, references, **options):
     out = []
     for c, r in zip(critiques, references):
-        out.append(Similarity(*[fingerprint("f1", c) % 101 / 100] * 3) if r else None)
+        score = fingerprint("f1", c) % 101 / 100
+        out.append(Similarity(*[score] * 3, [(0, 0, score)], [Argument(c, "A", 1)], [Argument("sun", "A", 1, True)]) if r else None)
     return out
 
 
