@@ -50,7 +50,7 @@ def policy(backend: str, s, base: str | None):
     params = small_params(base, **{
         "policy.backend": "unsloth" if backend == "unsloth" else "transformers", "policy.dtype": "bfloat16", "policy.rank": s.rank,
         "policy.alpha": 2 * s.rank, "policy.max_prompt": s.P, "policy.max_completion": s.C, "policy.gradient_checkpointing": "true",
-        "rollout.engine": "vllm" if backend == "vllm" else "transformers",
+        "rollout.engine": "vllm",
     })  # fmt: skip
     return loader.load(params, trainable=True)[0], params
 

@@ -241,7 +241,7 @@ def memory(size: str, params, card: float) -> dict:
     said = pack - p.max_prompt * max(1, pack / (p.max_prompt + g.group * p.max_completion))  # completion tokens: all at their longest
     cached = params.rollout.batch * (p.max_prompt / g.group + p.max_completion)
     gb = {
-        "weights": (9 / 16 if p.load_in_4bit else 2) * body + 2 * 2 * v * h, "adapter": 16 * lora, "activations": 2 * layers * h * pack,
+        "weights": (33 / 64 if p.load_in_4bit else 2) * body + 2 * 2 * v * h, "adapter": 16 * lora, "activations": 2 * layers * h * pack,
         "logits": 10 * ELEMENTS[1] + 2 * h * said, "rollouts": 2 * 2 * layers * kv * cached if p.load_in_4bit else params.rollout.gpu_memory * card * 1e9,
         "metarm": 2 * 2 * (body + v * h) + (16 + 4) * lora if params.metarm.base == "policy" else 2 * 4 * 22.7e6,
     }  # fmt: skip
@@ -295,7 +295,7 @@ def small_params(folder: str, **overrides):
         "grpo.token_budget": 8192, "rollout.engine": "transformers", "rollout.temperature": 1.0,
     } | overrides  # fmt: skip
     if base["policy.backend"] == "unsloth":
-        base |= {"metarm.base": "minilm", "metarm.tune": "head"}
+        base |= {"metarm.base": "minilm", "metarm.tune": "head", "rollout.engine": "auto"}
     return params.load(ROOT / "params.yaml", "gpu", [f"{k}={v}" for k, v in base.items()])
 
 

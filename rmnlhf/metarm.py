@@ -265,7 +265,8 @@ class SequenceRegressor(nn.Module):
         state = torch.get_rng_state()
         torch.manual_seed(seed)  # the new head's weights
         self.tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-        model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, num_labels=1, dtype=getattr(torch, dtype))
+        dtype = getattr(torch, dtype) if tune == "lora" else torch.float32  # what trains: in bf16 a small step is none
+        model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, num_labels=1, dtype=dtype)
         pad = self.tokenizer.pad_token_id
         model.config.pad_token_id = pad if pad is not None else self.tokenizer.eos_token_id
         if tune == "lora":
@@ -341,8 +342,12 @@ class SequenceRegressor(nn.Module):
         if self.packed:
             return shared_prefix.scores(self.model, features)
         tokens, mask = _padded(features, self.model.config.pad_token_id, self.model.device)
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         with mixed_precision(self.model):
-            return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()
+            if not hasattr(base, "score"):
+                return self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()
+            hidden = getattr(base, base.base_model_prefix)(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return shared_prefix.score(base, hidden[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1])
 
     def take(self, features, index):
         return [features[i] for i in index]

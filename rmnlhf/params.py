@@ -206,10 +206,17 @@ class Params(Section):
             raise ValueError("policy.load_in_4bit needs a GPU: use profile gpu")
         if self.policy.load_in_4bit and self.rollout.engine in ("vllm", "server"):
             raise ValueError(f"rollout.engine {self.rollout.engine} serves no 4-bit weights: set it to auto or transformers, or policy.load_in_4bit=false")
-        if self.policy.backend == "unsloth" and self.metarm.base in ("policy", self.policy.model):
+        if self.policy.load_in_4bit and self.cold_start.enabled:
+            raise ValueError("policy.load_in_4bit rounds away most of a cold start that is merged into it: set cold_start.enabled=false")
+        if self.policy.backend == "unsloth" and self.metarm.tune != "head":
             raise ValueError(
-                "policy.backend unsloth replaces the attention of its model's whole class, so that MetaRM on the same base cannot run in that "
+                "policy.backend unsloth replaces the attention of its model's whole class, so that MetaRM on such a base cannot run in that "
                 "process: set metarm.base=minilm and metarm.tune=head beside it, or policy.backend=transformers"
+            )
+        if self.policy.backend == "unsloth" and (self.policy.load_in_4bit or self.rollout.engine == "transformers"):
+            raise ValueError(
+                "policy.backend unsloth needs vLLM for its rollouts, which serves no 4-bit weights: set policy.load_in_4bit=false and "
+                "rollout.engine=auto, or policy.backend=transformers"
             )
         if self.policy.revision is None and self.policy.model not in PACKAGED and not Path(self.policy.model).is_dir():
             raise ValueError(

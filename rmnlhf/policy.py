@@ -101,6 +101,7 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
     dtype = getattr(torch, p.dtype)
     name = str(prepare(p.model)) if p.model in PACKAGED else p.model
     if kind == "unsloth":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")  # Unsloth would set True, under which vLLM's sleep mode cannot work
         # not first of all imports: imported before trl it would put its own trainers in the place of trl's
         from unsloth import FastLanguageModel
 
@@ -112,7 +113,9 @@ def load(params, adapter: str | Path | None = None, trainable: bool = False):
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         tokenizer = AutoTokenizer.from_pretrained(name, revision=p.revision)
-        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype) if p.load_in_4bit else None
+        quantized = None
+        if p.load_in_4bit:  # QLoRA's numbers: bitsandbytes' own default, fp4, is coarser
+            quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         cuda = torch.cuda.is_available()
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=p.revision, dtype=dtype, quantization_config=quantized,

@@ -168,7 +168,7 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prompts, n, max_new_tokens, temperature, top_p=1.0, seed=0, batch=64, progress=False):
         """As `rollout.generate`."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit, window = getattr(self.model.config, "max_position_embeddings", None), _window(self.model.config)
         for i, ids in enumerate(prompts):
             if not len(ids):
                 raise ValueError(f"prompt {i} is empty")
@@ -176,6 +176,11 @@ class TransformersEngine:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} it is over the model's context of "
                     f"{limit}; lower policy.max_prompt or policy.max_completion"
+                )
+            if window and len(ids) + max_new_tokens > window:
+                raise ValueError(
+                    f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} it is over the {window} that this model's sliding "
+                    "windows see, which Transformers' rollouts here do not know; set rollout.engine: vllm, or lower policy.max_prompt"
                 )
         uniform = _uniforms(prompts, n, max_new_tokens, seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
@@ -206,13 +211,15 @@ class TransformersEngine:
         live = torch.arange(len(prompts) * n, device=device)  # row -> completion; finished rows leave
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         kv, logits, step = _Shared(lengths, n, fixed=self.graphs), [], None
-        for some in _alike(lengths.tolist()):  # padded on the right, where a causal mask hides it
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[g], device=device) for g in some], batch_first=True)
-            ends, at = torch.unique(lengths[some] - 1, return_inverse=True)  # the head is applied at the prompts' ends alone
-            cache = DynamicCache(config=model.config)
-            got = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=ends)
-            kv.put(some, cache)
-            logits.append(got.logits[torch.arange(len(some), device=device), at])
+        flex = model.config._attn_implementation == "flex_attention"  # the model that trains, in 4 bits: each length would be compiled
+        with _attention(model, "sdpa") if flex else nullcontext():
+            for some in _alike(lengths.tolist()):  # padded on the right, where a causal mask hides it
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[g], device=device) for g in some], batch_first=True)
+                ends, at = torch.unique(lengths[some] - 1, return_inverse=True)  # the head is applied at the prompts' ends alone
+                cache = DynamicCache(config=model.config)
+                got = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=ends)
+                kv.put(some, cache)
+                logits.append(got.logits[torch.arange(len(some), device=device), at])
         logits = torch.cat(logits).repeat_interleave(n, 0)
         uniform = torch.stack(uniform).flatten(0, 1).to(device)  # rows × tokens
         ids = torch.zeros(len(live), max_new_tokens, dtype=torch.long, device=device)
@@ -269,13 +276,14 @@ class _Graph:
     """A step recorded once and replayed with new tokens and positions in the same places; its output is overwritten by the next."""
 
     def __init__(self, step, token, position):
+        self.step = step  # what it holds is read by the graph
         self.token, self.position, self.graph = token.clone(), position.clone(), torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step(self.token, self.position)  # what a first call allocates or chooses is not to be recorded
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):  # back on this stream, also where it fails
             self.logits = step(self.token, self.position)
 
     def __call__(self, token, position):
@@ -309,6 +317,12 @@ def _pack_linear(model) -> dict:
     for name, module in linear.items():
         model.set_submodule(name, packed[names[id(module.weight)]])
     return packed
+
+
+def _window(config) -> int | None:
+    """Tokens that the model's sliding windows see; None where it has none."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
 def _alike(lengths, tokens=4096, ratio=0.75):
@@ -397,7 +411,8 @@ class _Shared:
         new = self.tokens == self.own[0][0].shape[1]
         if new:
             block = self.BLOCK[self.fixed]
-            self.own = [[torch.cat([x, x.new_zeros(x.shape[0], block, x.shape[2])], 1) for x in own] for own in self.own]
+            for own in self.own:  # one layer after the other: old and new together are twice the memory
+                own[:] = [torch.cat([x, x.new_zeros(x.shape[0], block, x.shape[2])], 1) for x in own]
             if self.fixed:
                 unseen = torch.arange(self.tokens + block, device=self.at.device) >= self.tokens
                 self.own_bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill(unseen, float("-inf"))[None, None, None]
@@ -418,7 +433,8 @@ class _Shared:
     def keep(self, index):
         """Drop every row that is not in `index`, and prompts without rows."""
         before, self.rows = len(self.rows), self.rows[index]
-        self.own = [[x.unflatten(0, (before, -1))[index].flatten(0, 1) for x in own] for own in self.own]
+        for own in self.own:
+            own[:] = [x.unflatten(0, (before, -1))[index].flatten(0, 1) for x in own]
         groups, self.rows = torch.unique(self.rows, return_inverse=True)
         before, self.lengths = len(self.lengths), self.lengths[groups]
         if len(groups) < before:
@@ -488,6 +504,8 @@ def _attend(query, keys, values, bias, scaling):
 
 
 def _decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, rmnlhf_kv=None, **kwargs):
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise RuntimeError("Transformers' rollouts here know no capped scores and no attention sinks: set rollout.engine: vllm")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return rmnlhf_kv.attend(query, module.layer_idx, scaling), None
 
@@ -499,6 +517,8 @@ AttentionInterface.register(ATTENTION, _decode_attention)
 def _attention(model, name):
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise RuntimeError(f"{type(model).__name__} has an attention of its own, which Transformers' rollouts here do not know: set rollout.engine: vllm")
     try:
         yield
     finally:

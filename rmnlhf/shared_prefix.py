@@ -245,9 +245,15 @@ def scores(model, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     p = pack([m[0][:n] for m, n in zip(members, prompts)], [[[*x[n:], 0] for x in m] for m, n in zip(members, prompts)], model.device)
     with policy.mixed_precision(model):
         hidden = getattr(base, base.base_model_prefix)(**attention(base.config._attn_implementation, p)).last_hidden_state[0]
-        ends = p.at[torch.cat([p.row[1:] != p.row[:-1], p.row.new_ones(1, dtype=torch.bool)])]
-        found = base.score(hidden[ends])[:, 0].float()
+    ends = p.at[torch.cat([p.row[1:] != p.row[:-1], p.row.new_ones(1, dtype=torch.bool)])]
+    found = score(base, hidden[ends])
     return torch.empty_like(found).index_put((torch.tensor(order, device=found.device),), found)
+
+
+def score(base, hidden: torch.Tensor) -> torch.Tensor:
+    """A sequence classifier's output (R,) from (R, hidden) states, in the precision of its head: two critiques of a group may differ by
+    less than a step of bf16."""
+    return base.score(hidden.to(base.score.weight.dtype))[:, 0].float()
 
 
 def unpacked(model, prompts, completions) -> torch.Tensor:
@@ -288,8 +294,10 @@ def prepare(model) -> bool:
     try:
         if getattr(base.config, "sliding_window", None) or "sliding_attention" in (getattr(base.config, "layer_types", None) or ()):
             raise NotImplementedError("its attention has a sliding window")
-        base.set_attn_implementation("flex_attention" if model.device.type == "cuda" else ATTENTION)
         classifier, alone = hasattr(base, "score"), []
+        if not classifier and base.get_output_embeddings() is None:
+            raise NotImplementedError("it is no decoder: what follows the prompt changes how the prompt is read")
+        base.set_attn_implementation("flex_attention" if model.device.type == "cuda" else ATTENTION)
         with torch.no_grad():
             packed = scores(model, [prompt + c for c in members]) if classifier else logps(model, pack([prompt], [members], model.device))[0]
             for c in members:

@@ -48,6 +48,15 @@ def test_readme_tells_what_the_formula_gives_and_it_fits(row):
     assert P.policy.load_in_4bit or found["rollouts"] > found["weights"] + 1  # vLLM's own copy, and some cache
 
 
+def test_the_measured_row_is_the_file_and_beside_it_stands_the_formula():
+    (row,) = [line for line in SECTION.splitlines() if line.endswith("| measured |")]
+    assert row.split("|")[-3].strip() == f"{MEASURED['updates']['ours']['peak_gib'] * 2**30 / 1e9:.1f}"
+    s = gpu_common.setting(True)
+    P = params.load(ROOT / "params.yaml", "gpu", [f"policy.max_prompt={s.P}", f"policy.max_completion={s.C}", f"grpo.token_budget={s.P + s.N * s.C}"])
+    found = gpu_common.memory(s.size, P, 141.0)
+    assert f"terms come to {found['weights'] + found['adapter'] / 2 + found['activations'] + found['logits']:.1f}" in SECTION  # weights and gradients
+
+
 def test_memory_counts_what_the_model_has():
     """The weights and the adapter that `build` makes, on shapes that a CPU holds."""
     P = params.load(ROOT / "params.yaml", "gpu", ["policy.rank=4"])

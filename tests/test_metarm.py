@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rmnlhf import grm, metarm, params, rewards
 from rmnlhf.grm import Judgement
 from rmnlhf.pairs import OTHER, HumanCritique, PreferencePair, read_rows, swap_sides
+from rmnlhf.policy import prepare
 from rmnlhf.rollout import Completion
 
 TOPICS = ["school uniforms", "plastic bottles", "spanking", "nuclear power", "books", "tram lines", "home work", "zoos", "cash", "football"]
@@ -350,6 +351,20 @@ def test_decoder_base(P, tiny_decoder, tune, tmp_path, monkeypatch):
         one.score([far | {"critique": "x" * 1100}])
     with pytest.raises(ValueError, match="policy=params.policy"):
         metarm.MetaRM(settings, 3)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_encoder_base(P, tune, tmp_path):
+    """An encoder sees both ways, so that nothing can be shared before the critique: each text is read whole."""
+    settings = P.metarm.model_copy(update={"base": str(prepare("minilm")), "tune": tune, "lr": 2e-4 if tune == "full" else 1e-3, "max_length": 200, "epochs": 2, "batch": 8})
+    rows = judged([make(i) for i in range(8)])
+    one = metarm.MetaRM(settings, 3)
+    history = one.fit(rows)
+    assert not one.model.packed and history[-1]["loss"] < history[0]["loss"]
+    scores = one.score([rows[0] | {"critique": t} for t in ("Response A is right.", "Response B is wrong.")])
+    assert scores[0] != scores[1]
+    two = metarm.MetaRM.load(one.save(tmp_path / tune))
+    assert np.array_equal(one.score(rows), two.score(rows)) and one.update(rows[:4]) == two.update(rows[:4])
 
 
 def test_rank_interval_and_agreement():

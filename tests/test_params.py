@@ -93,9 +93,15 @@ def test_impossible_combinations_are_refused():
         params.load(ROOT / "params.yaml", "gpu", ["grm.max_lines=3"])
     with pytest.raises(params.ParamsError, match="max_completion of at least 256"):
         params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
-    with pytest.raises(params.ParamsError, match="MetaRM on the same base cannot run.*metarm.base=minilm"):
+    with pytest.raises(params.ParamsError, match="MetaRM on such a base cannot run.*metarm.base=minilm"):
         params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth"])
     assert params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth", "metarm.base=minilm", "metarm.tune=head"]).metarm.base == "minilm"
+    small = ["policy.backend=unsloth", "metarm.base=minilm", "metarm.tune=head"]
+    for key in ("policy.load_in_4bit=true", "rollout.engine=transformers"):
+        with pytest.raises(params.ParamsError, match="needs vLLM for its rollouts"):
+            params.load(ROOT / "params.yaml", "gpu", [*small, key])
+    with pytest.raises(params.ParamsError, match="rounds away most of a cold start"):
+        params.load(ROOT / "params.yaml", "gpu", ["policy.load_in_4bit=true", "cold_start.enabled=true"])
     with pytest.raises(params.ParamsError, match="is over 1"):
         params.load(ROOT / "params.yaml", overrides=["cold_start.controlled_share=0.7", "cold_start.mr_ben_share=0.7"])
 

@@ -6,6 +6,7 @@ import types
 import pytest
 import tiny
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
 
 from rmnlhf import policy, rollout
 from rmnlhf.benchmarks import runner
@@ -213,6 +214,20 @@ def test_what_cannot_be_completed_is_named(model, tokenizer):
         draw(model, tokenizer, [[5], []])
     with pytest.raises(ValueError, match="prompt 0 has 1020 tokens.*context of 1024.*policy.max_prompt"):
         draw(model, tokenizer, [[5] * 1020])
+
+
+def test_an_attention_that_decoding_does_not_know_is_refused(tokenizer):
+    small = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    window = MistralForCausalLM(MistralConfig(**small, sliding_window=20)).eval()
+    (group,) = draw(window, tokenizer, [[5, 6, 7]])
+    assert len(group) == 3
+    with pytest.raises(ValueError, match="prompt 1 has 9 tokens.*over the 20 .*rollout.engine: vllm"):
+        draw(window, tokenizer, [[5, 6, 7], list(range(3, 12))])
+    capped = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, sliding_window=4096)).eval()
+    with pytest.raises(RuntimeError, match="no capped scores.*rollout.engine: vllm"):
+        draw(capped, tokenizer, [[5, 6, 7]])
+    with pytest.raises(RuntimeError, match="MptForCausalLM has an attention of its own.*rollout.engine: vllm"):
+        draw(MptForCausalLM(MptConfig(vocab_size=49152, d_model=32, n_heads=4, n_layers=2)).eval(), tokenizer, [[5, 6, 7]])
 
 
 def test_out_of_memory_says_what_to_lower(model, tokenizer, monkeypatch):
