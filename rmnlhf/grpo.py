@@ -86,17 +86,22 @@ class RewardFunction:
         self.due = self.missing = 0  # process rewards so far
         self.rows: list[dict] = []
         self.figures: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of the step, both within the trainer's "reward"
 
     def __call__(self, prompts, completions, pair_id, swap, completion_ids=None, trainer_state=None, **columns) -> list[float | None]:
         p = self.params
         step = trainer_state.global_step + 1 if trainer_state else 0
         shown = [self.shown[i][s] for i, s in zip(pair_id, swap, strict=True)]
         said = [grm.parse_judgement(c, p.grm.max_lines, p.grm.max_chars, p.grm.max_repeats) for c in completions]
+        start = time.perf_counter()
         found = self._process(said, shown)
+        self.seconds["process"] = time.perf_counter() - start
         process = [None if s is None else s.f1 for s in found]
         options = (p.reward.weight, p.reward.gated, p.reward.binary, p.similarity.threshold)
         base = [rewards.composite(j, x.label, f, *options) for j, x, f in zip(said, shown, process)]
+        start = time.perf_counter()
         scores, loss = self._metarm(said, shown, pair_id, swap, process)
+        self.seconds["metarm"] = time.perf_counter() - start
         options = (p.reward.weight, p.reward.bonus, p.reward.gated, p.metarm.target)
         final = [b if m is None else rewards.from_metarm(j, x.label, m, *options) for b, m, j, x in zip(base, scores, said, shown)]
         self.rows = [
@@ -400,7 +405,7 @@ class Trainer(GRPOTrainer):
         row = {"step": step} | {name: _number(logs.get(key)) for key, name in names.items()} | self.reward.figures
         append_rows(self.run / "metrics.jsonl", [row])
         append_rows(self.run / "rollouts.jsonl", [r | {"step": step} for r in self.reward.rows])
-        append_rows(self.run / "timings.jsonl", [{"step": step} | {k: round(v, 3) for k, v in self.seconds.items()}])
+        append_rows(self.run / "timings.jsonl", [{"step": step} | {k: round(v, 3) for k, v in (self.seconds | self.reward.seconds).items()}])
         if self.record is not None:
             self.record.show(row)
 

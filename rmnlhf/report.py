@@ -290,6 +290,9 @@ def provenance(run: Run) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     if seconds := [t["seconds"] for t in run.timings.values() if isinstance(t.get("seconds"), (int, float))]:
         rows.append(("Time of the stages", duration(sum(seconds)), "timings/*.json › seconds"))
+    if step := run.timings.get("06_step"):
+        said = f"{step['with_metarm_over_without']:.3f} times one without; process rewards {step['process_share']:.1%} of it"
+        rows.append(("A step with the online MetaRM", said, "timings/06_step.json, medians of arm online"))
     return [(a, "missing" if b is None else str(b), c) for a, b, c in rows]
 
 

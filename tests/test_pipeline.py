@@ -161,3 +161,28 @@ def test_a_stage_names_the_modules_that_it_imports(name):
     used |= {m for line in re.findall(r"^from rmnlhf import (.+)", code, re.MULTILINE) for m in re.split(r",\s*", line.strip())}
     deps = {Path(d).parts[1].removesuffix(".py") for d in paths(STAGES[name]["deps"]) if d.startswith("rmnlhf/")}
     assert used > {"params"} and not (lost := used - deps - {"params"}), lost
+
+
+def linked(one, other):
+    try:
+        os.link(one, other)
+    except OSError:  # another file system
+        shutil.copy2(one, other)
+
+
+@pytest.mark.timeout(1800)
+def test_the_notebooks_run_to_the_report(tmp_path):
+    """Profile smoke, all stages, in a copy of the tracked files: what `make smoke` does once the data are there."""
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "data", tmp_path / "data", copy_function=linked)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke"}
+    run(tmp_path, "git", "init", "-q")
+    run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
+    metrics = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "results" / "metrics").glob("*.json")}
+    assert set(metrics) == set(STAGES) and metrics["06_grpo_online"]["online"]["core-F1"]["n"] > 0
+    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+    assert "A step with the online MetaRM" in page and (tmp_path / "results" / "runs" / "online" / "adapter").is_dir()
+    assert {p.stem for p in (tmp_path / "results" / "notebooks").glob("*.html")} == set(STAGES)

@@ -60,6 +60,7 @@ def make_results(folder, n_pairs=12, rollouts=40):
         "inconsistency": {"cold_start": {"unseen": {"mean": 0.4567, "low": 0.40123, "high": 0.51234, "n": 321}}},
         "processbench": {"gsm8k": 0.0351}, "note": ATTACK}))  # fmt: skip
     (folder / "timings/01_diagnosis.json").write_text(json.dumps({"seconds": 63.0}))
+    (folder / "timings/06_step.json").write_text(json.dumps({"with_metarm_over_without": 1.0123, "process_share": 0.0149}))
     with (folder / "tables/07_main.csv").open("w", newline="") as f:
         csv.writer(f).writerows([["arm", "accuracy", "accuracy_low", "accuracy_high", "n"], ["human", 0.61234, 0.55, 0.67, 96]])
     (folder / "figures/01_inconsistency.png").write_bytes(PNG)
