@@ -550,7 +550,8 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
         if row["prompt"] not in encoded:
             pair = reward.pairs[row["pair_id"]]
             encoded[row["prompt"]] = grm.encode_prompt(pair, tokenizer, params.policy.max_prompt, bool(row["swap"]), params.grm.think)
-            if grm.CUT.strip() in tokenizer.decode(encoded[row["prompt"]]):
+            said = [*(t["content"] for t in pair.context), pair.response_a, pair.response_b]
+            if grm.CUT.strip() in tokenizer.decode(encoded[row["prompt"]]) and not any(grm.CUT.strip() in text for text in said):
                 cut.add(row["prompt"])
     used = ["policy", "grm", "similarity", "rollout", "reward", "grpo"]
     used += ["judge"] * (params.similarity.backend == "llm") + ["metarm"] * (arm in ("offline", "online"))

@@ -208,10 +208,10 @@ class Params(Section):
             raise ValueError(f"rollout.engine {self.rollout.engine} serves no 4-bit weights: set it to auto or transformers, or policy.load_in_4bit=false")
         if self.policy.load_in_4bit and self.cold_start.enabled:
             raise ValueError("policy.load_in_4bit rounds away most of a cold start that is merged into it: set cold_start.enabled=false")
-        if self.policy.backend == "unsloth" and self.metarm.tune != "head":
+        if self.policy.backend == "unsloth" and (self.metarm.tune != "head" or self.metarm.base in ("policy", self.policy.model)):
             raise ValueError(
-                "policy.backend unsloth replaces the attention of its model's whole class, so that MetaRM on such a base cannot run in that "
-                "process: set metarm.base=minilm and metarm.tune=head beside it, or policy.backend=transformers"
+                "policy.backend unsloth replaces the attention of its model's whole class, and patches what trains: beside it MetaRM is a head "
+                "on a frozen encoder. Set metarm.base=minilm and metarm.tune=head, or policy.backend=transformers"
             )
         if self.policy.backend == "unsloth" and (self.policy.load_in_4bit or self.rollout.engine == "transformers"):
             raise ValueError(

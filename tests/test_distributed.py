@@ -190,8 +190,8 @@ def test_a_launcher_that_fails_is_told(tmp_path, monkeypatch):
         grpo.train("outcome", tiny.settings(), run=tmp_path / "outcome")
 
 
-def test_the_launcher_of_accelerate_trains_a_run(tmp_path, monkeypatch):
-    """RMNLHF_LAUNCH as a user sets it: two processes on a CPU, one step, from files alone."""
+def test_a_launcher_of_two_processes_trains_a_run(tmp_path, monkeypatch):
+    """RMNLHF_LAUNCH as a user sets it, from files alone, one step. With torch's launcher: accelerate's would start one process on a CPU."""
     import tiny
 
     from rmnlhf import grpo, splits
@@ -203,9 +203,11 @@ def test_the_launcher_of_accelerate_trains_a_run(tmp_path, monkeypatch):
     splits.save(tiny.splits(), tmp_path / "results" / "splits")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RMNLHF_LAUNCH", f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no")
+    logs = tmp_path / "logs"
+    monkeypatch.setenv("RMNLHF_LAUNCH", f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {WORLD} --log-dir {logs} --redirects 3")
     run = grpo.train("outcome", settings)
     (line,) = read_rows(run / "metrics.jsonl")
+    assert len(list(logs.rglob("stderr.log"))) == WORLD
     assert line["step"] == 1 and (run / "adapter" / "adapter_model.safetensors").exists()
     assert len(list(read_rows(run / "rollouts.jsonl"))) == settings.grpo.prompts * settings.grpo.group
     assert not (tmp_path / "results" / "runs" / "outcome.params.yaml").exists()

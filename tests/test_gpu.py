@@ -105,7 +105,7 @@ def test_an_adapter_of_unsloth_is_loaded_without_it(tmp_path):
         import sys, torch, tiny
         from rmnlhf import policy, rollout
         base, out = sys.argv[1:]
-        model, tokenizer = policy.load(tiny.settings(**{"policy.model": base, "policy.backend": "unsloth", "policy.dtype": "float32"}), trainable=True)
+        model, tokenizer = policy.load(tiny.settings(**{"policy.model": base, "policy.backend": "unsloth", "policy.dtype": "float32", "rollout.engine": "auto"}), trainable=True)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.data = torch.randn_like(weight) * 0.05

@@ -93,8 +93,10 @@ def test_impossible_combinations_are_refused():
         params.load(ROOT / "params.yaml", "gpu", ["grm.max_lines=3"])
     with pytest.raises(params.ParamsError, match="max_completion of at least 256"):
         params.load(ROOT / "params.yaml", overrides=["grm.think=true", "policy.max_completion=80"])
-    with pytest.raises(params.ParamsError, match="MetaRM on such a base cannot run.*metarm.base=minilm"):
+    with pytest.raises(params.ParamsError, match="beside it MetaRM is a head.*metarm.base=minilm"):
         params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth"])
+    with pytest.raises(params.ParamsError, match="beside it MetaRM is a head"):
+        params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth", "metarm.base=policy", "metarm.tune=head"])
     assert params.load(ROOT / "params.yaml", "gpu", ["policy.backend=unsloth", "metarm.base=minilm", "metarm.tune=head"]).metarm.base == "minilm"
     small = ["policy.backend=unsloth", "metarm.base=minilm", "metarm.tune=head"]
     for key in ("policy.load_in_4bit=true", "rollout.engine=transformers"):

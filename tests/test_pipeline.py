@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmnlhf import ROOT, params
+from rmnlhf import ROOT, params, policy
 
 STAGES = {n: s for n, s in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items() if n != "params"}
 
@@ -171,14 +171,15 @@ def linked(one, other):
 
 
 @pytest.mark.timeout(1800)
-def test_the_notebooks_run_to_the_report(tmp_path):
+def test_the_notebooks_run_to_the_report(tmp_path, data_dir):
     """Profile smoke, all stages, in a copy of the tracked files: what `make smoke` does once the data are there."""
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    tracked = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "data", tmp_path / "data", copy_function=linked)
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke"}
+    (tmp_path / "models").symlink_to(policy.prepare("smollm2-135m").parent)
+    path = {"PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke", "RMNLHF_SET": "", "RMNLHF_LAUNCH": "", "RMNLHF_JUDGE_URL": ""}
     run(tmp_path, "git", "init", "-q")
     run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
     metrics = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "results" / "metrics").glob("*.json")}
