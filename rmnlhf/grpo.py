@@ -651,7 +651,8 @@ def _launch(arm: str, params, seed: int, run: Path) -> Path:
     file = run.parent / f"{run.name}.params.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(params.model_dump(), sort_keys=False), encoding="utf-8")
-    command = [*shlex.split(os.environ["RMNLHF_LAUNCH"]), "-m", "rmnlhf.grpo", arm, "--seed", str(seed), "--params", str(file), "--run", str(run)]
+    # --folder and not --run, which torchrun takes for its own --run-path
+    command = [*shlex.split(os.environ["RMNLHF_LAUNCH"]), "-m", "rmnlhf.grpo", arm, "--seed", str(seed), "--params", str(file), "--folder", str(run)]
     if (code := subprocess.run(command).returncode):
         raise RuntimeError(f"{shlex.join(command)} ended with status {code}: its messages are above; the run goes on from its last checkpoint")
     file.unlink()
@@ -663,12 +664,12 @@ def main():
     ap.add_argument("arm", choices=ARMS)
     ap.add_argument("--seed", type=int)
     ap.add_argument("--params", default="results/params.yaml")
-    ap.add_argument("--run", type=Path)
+    ap.add_argument("--folder", type=Path, help="the run folder")
     args = ap.parse_args()
     from .params import load
 
     os.environ.pop("RMNLHF_LAUNCH", None)
-    train(args.arm, load(args.params), args.seed, run=args.run)
+    train(args.arm, load(args.params), args.seed, run=args.folder)
 
 
 if __name__ == "__main__":
