@@ -181,6 +181,7 @@ def test_the_notebooks_run_to_the_report(tmp_path, data_dir):
     (tmp_path / "models").symlink_to(policy.prepare("smollm2-135m").parent)
     path = {"PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke", "RMNLHF_SET": "", "RMNLHF_LAUNCH": "", "RMNLHF_JUDGE_URL": ""}
     run(tmp_path, "git", "init", "-q")
+    run(tmp_path, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "DVCLive wants one")
     run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
     metrics = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "results" / "metrics").glob("*.json")}
     assert set(metrics) == set(STAGES) and metrics["06_grpo_online"]["online"]["core-F1"]["n"] > 0
