@@ -565,7 +565,6 @@ def test_records_of_a_run(finished):
             assert a[0].tolist() == pytest.approx([r["advantage"] for r in mine[i : i + 4]], abs=1e-6)
     spent = rows(finished, "timings.jsonl")
     assert len(spent) == 3 and all(0 <= r["process"] + r["metarm"] <= r["reward"] + 0.002 for r in spent)  # each rounded to milliseconds
-    assert any(r["process"] + r["metarm"] > 0 for r in spent)
     scored = [r for r in rollouts if r["process"] is not None and r["reference"]]
     assert scored and all(isinstance(r["critique"], str) for r in scored)
     for r in scored:  # which of the critique's arguments met which of the reference's
