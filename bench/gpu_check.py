@@ -217,8 +217,9 @@ def four_bits(s) -> dict:
         P = small_params(folder, **{"policy.load_in_4bit": "true", "policy.dtype": "bfloat16", "policy.gradient_checkpointing": "true"})
         model, tok = policy.load(P, trainable=True)
         disturb(model, 0.05)
+        out = {"shared_prefix": shared_prefix.prepare(model)}  # first: rollouts are drawn from the model that trains, as it then is
         done = rollout.engine(model, tok, P).generate(prompts[:1], 8, 16, 1.0, seed=1)[0]
-        out = {"shared_prefix": shared_prefix.prepare(model), "logprobs_off": logprob_difference(model, prompts[0], done)}
+        out["logprobs_off"] = logprob_difference(model, prompts[0], done)
         with torch.no_grad():
             off = shared_prefix.logps(model, shared_prefix.pack(prompts, members, model.device))[0] - shared_prefix.unpacked(model, prompts, members)
         small = setting(False)

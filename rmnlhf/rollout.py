@@ -252,7 +252,6 @@ class TransformersEngine:
         texts = self.tokenizer.batch_decode([r[:c] for r, c in zip(ids, count)], skip_special_tokens=True)
         return [Completion(r[:c], p[:c], x, f) for r, p, c, x, f in zip(ids, lps, count, texts, finished)]
 
-
     def _step(self, kv, token, position):
         """The call that gives the next token's logits for (R, 1) tokens and positions; on a GPU a graph, if the model allows one."""
         mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=token.device)  # 4D: passed on as it is; `_Shared` masks

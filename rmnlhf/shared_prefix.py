@@ -158,10 +158,10 @@ def whole_blocks(p: Packed, size: int = 128) -> Packed:
 
 def attention(kind: str, p: Packed) -> dict:
     """What a forward of the packed row needs for attention `kind`: tokens, positions and who sees whom."""
-    if kind == "flex_attention":
-        p = whole_blocks(p)
+    flex = kind == "flex_attention"
+    p = whole_blocks(p) if flex else p
     row = {"input_ids": p.ids, "position_ids": p.positions, "use_cache": False}
-    if kind == "flex_attention":
+    if flex:
         return row | {"attention_mask": block_mask(p)}
     if kind == ATTENTION:  # 4D: passed on as it is, and not read
         return row | {"attention_mask": p.ids.new_empty(1, 1, 1, 1, dtype=torch.bool), "rmnlhf_branches": branches(p)}
