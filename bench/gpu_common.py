@@ -192,6 +192,10 @@ def apart(one: dict, other: dict) -> float:
     return (sum((one[n] - other[n]).square().sum() for n in one).sqrt() / sum(g.square().sum() for g in one.values()).sqrt()).item()
 
 
+def spread(values) -> dict:
+    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
+
+
 def timed(call, repeats: int) -> dict:
     """Seconds of `call` (median and all), after one call that is not counted, and the peak of device memory in GiB."""
     import torch

@@ -17,25 +17,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from datasets import Dataset
+from gpu_common import spread
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from rmnlhf import grm, grpo, params, policy, rollout
 from rmnlhf.pairs import PreferencePair, fingerprint
 
-
 WARM = 3
-
-
-def spread(values) -> dict:
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
 
 def pairs(n: int) -> list[PreferencePair]:

@@ -9,16 +9,12 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 
 import torch
+from gpu_common import spread
 
 from rmnlhf import grpo, params
 from rmnlhf.pairs import read_rows
-
-
-def spread(values) -> dict:
-    return {"median": round(median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4), "n": len(values)}
 
 
 def steps(P, n: int) -> list[dict]:

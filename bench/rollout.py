@@ -21,18 +21,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu_common import spread
 
 from rmnlhf import params, policy, rollout
-
-
-def spread(values) -> dict:
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
 
 def one_engine(args) -> dict:

@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu_common import spread
 
 from rmnlhf import grpo, params, policy
 
@@ -91,10 +92,6 @@ def useful(t, p: int, c: int, n: int) -> float:
     head = base.get_output_embeddings().weight.numel()
     layers = sum(w.numel() for k, w in base.named_parameters() if "lora_" not in k and "embed" not in k and "lm_head" not in k)
     return 4.0 * (layers * (p + n * (c - 1)) + head * n * c)
-
-
-def spread(values) -> dict:
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
 
 def resident(field: str) -> float:
