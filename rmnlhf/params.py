@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -326,6 +327,22 @@ def load(path: str | Path = "params.yaml", profile: str | None = None, overrides
         raise ParamsError(f"{path}: " + "; ".join(lines)) from None
 
 
+def _installed(params: Params):
+    """A package that a run would look for hours after its start is looked for at once."""
+    unsloth, engine = params.policy.backend == "unsloth", params.rollout.engine
+    needs = {
+        "policy.backend: unsloth": ("unsloth",) * unsloth + ("vllm",) * (unsloth and engine != "server"),
+        "rollout.engine: vllm": ("vllm",) * (engine == "vllm"),
+        "judge.kind: vllm": ("vllm",) * (params.similarity.backend == "llm" and params.judge.kind == "vllm"),
+    }
+    for key, names in needs.items():
+        if lacking := [name for name in names if importlib.util.find_spec(name) is None]:
+            raise ParamsError(
+                f"{key} needs {' and '.join(lacking)}, which this environment lacks: run `make setup` anew where nvidia-smi finds the GPU, or "
+                "set another one"
+            )
+
+
 def _sha256(key: str, file: str) -> str:
     if not Path(file).is_file():
         raise ParamsError(f"{key}: {file}: no such file; a path is read from the repository root")
@@ -341,6 +358,7 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     found = load(profile=args.profile, overrides=os.environ.get("RMNLHF_SET", "").split())  # key=value …: `make gpu-rehearsal`
+    _installed(found)
     found.data.own_sha256 = _sha256("data.own", found.data.own) if found.data.own else None
     found.endpoint = bool(os.environ.get(found.judge.base_url_env))
     found.benchmarks.judges_sha256 = [_sha256("benchmarks.judges", name) for name in found.benchmarks.judges if name.endswith(".jsonl")]

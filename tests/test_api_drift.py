@@ -158,6 +158,39 @@ def test_notebooks_and_the_client_of_a_vllm_server_are_collected():
     }  # fmt: skip
 
 
+def reads(file, holder, names):
+    """{(class, attribute)} that `holder`, a class or function of a file, reads of what vLLM returns; names: expression -> its class."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    (node,) = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == holder]
+    return {(names[v], n.attr) for n in ast.walk(node) if isinstance(n, ast.Attribute) and (v := ast.unparse(n.value)) in names}
+
+
+def test_what_is_read_of_vllms_answers_is_there():
+    read = reads("rmnlhf/rollout.py", "VllmEngine", {"request": "RequestOutput", "o": "CompletionOutput", "lp[i]": "Logprob"})
+    read |= reads("rmnlhf/judge.py", "_ask_vllm", {"out": "RequestOutput", "out.outputs[0]": "CompletionOutput"})
+    assert read >= {("RequestOutput", "outputs"), ("RequestOutput", "prompt_token_ids"), ("Logprob", "logprob")} | {
+        ("CompletionOutput", a) for a in ("token_ids", "logprobs", "finish_reason", "text")
+    }, "the collector is blind"
+    known = SNAPSHOTS["vllm"]["signatures"]
+    assert not (lost := {f"{c}.{a}" for c, a in read if a not in known[c]["names"]}), lost
+
+
+def test_vllms_server_has_the_addresses_flags_and_variables_that_are_used():
+    """Addresses: of trl's client, as far as it is called. Flags and variables: of the command in the README, and in the code."""
+    from trl.generation.vllm_client import VLLMClient
+
+    vllm, used = SNAPSHOTS["vllm"], {n.rpartition(".")[2] for _, n, *_ in calls() if n.startswith(CLIENT + ".")}
+    client = "".join(inspect.getsource(getattr(VLLMClient, m)) for m in ("__init__", "check_server", "weight_update", "_start_weight_update", "_finish_weight_update", *used))
+    addresses = set(re.findall(r"\{self\.base_url\}(/[\w/]+)", client))
+    assert {"/v1/completions", "/update_weights", "/health"} <= addresses and not (lost := addresses - set(vllm["routes"])), lost
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`([^`]*vllm serve [^`]*)`", readme)
+    flags = {f.replace("-", "_") for f in re.findall(r" --([\w-]+)", command)}
+    assert flags >= {"weight_transfer_config", "logprobs_mode"} and flags <= set(vllm["signatures"]["EngineArgs"]["names"])
+    variables = set(re.findall(r"\b(VLLM_\w+)=", command)) | {v for f in FILES for v in re.findall(r'"(VLLM_\w+)"', source(f))}
+    assert "VLLM_SERVER_DEV_MODE" in variables and variables <= set(vllm["environment"])
+
+
 def known_to_loader(keyword: str) -> bool:
     """Whether transformers' model loader reads this one of its **kwargs, or hands it on to the configuration."""
     import transformers.modeling_utils as loader

@@ -132,6 +132,24 @@ def test_the_rehearsal_of_profile_gpu_is_the_profile_in_small(tmp_path, monkeypa
     assert 100 * size[0] < size[1] and 100 * small.metarm.pairs < whole.metarm.pairs
 
 
+@pytest.mark.parametrize("setting, lacking", [
+    ("policy.backend=unsloth policy.revision=c metarm.base=minilm metarm.tune=head", "policy.backend: unsloth needs unsloth and vllm"),
+    ("policy.backend=unsloth policy.revision=c metarm.base=minilm metarm.tune=head rollout.engine=server", "policy.backend: unsloth needs unsloth,"),
+    ("rollout.engine=vllm", "rollout.engine: vllm needs vllm"), ("judge.kind=vllm", "judge.kind: vllm needs vllm"), ("", None),
+])  # fmt: skip
+def test_a_package_that_lacks_is_told_at_the_start(tmp_path, monkeypatch, setting, lacking):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.setattr("sys.argv", ["params", "--profile", "gpu", "-o", "out.yaml"])
+    monkeypatch.setenv("RMNLHF_SET", setting)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if lacking is None:
+        return params.main()
+    with pytest.raises(params.ParamsError, match=lacking):
+        params.main()
+    assert not (tmp_path / "out.yaml").exists()
+
+
 def test_the_resolved_file_loads_as_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import test_judge
 import yaml
 
-from rmnlhf import ROOT, params, policy
+from rmnlhf import ROOT, arguments, grm, params, policy, similarity, sources
+from rmnlhf.pairs import fingerprint
 
 STAGES = {n: s for n, s in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items() if n != "params"}
 
@@ -170,21 +172,117 @@ def linked(one, other):
         shutil.copy2(one, other)
 
 
-@pytest.mark.timeout(1800)
-def test_the_notebooks_run_to_the_report(tmp_path, data_dir):
-    """Profile smoke, all stages, in a copy of the tracked files: what `make smoke` does once the data are there."""
+def project(top):
+    """The tracked files in a folder of their own, with the data and the prepared weights: a clean clone in which `make data` has run."""
     tracked = ["git", "ls-files", "-co", "--exclude-standard"]
     for name in subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "data", tmp_path / "data", copy_function=linked)
-    (tmp_path / "models").symlink_to(policy.prepare("smollm2-135m").parent)
-    path = {"PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke", "RMNLHF_SET": "", "RMNLHF_LAUNCH": "", "RMNLHF_JUDGE_URL": ""}
-    run(tmp_path, "git", "init", "-q")
-    run(tmp_path, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "DVCLive wants one")
-    run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
-    metrics = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "results" / "metrics").glob("*.json")}
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, top / name)
+    shutil.copytree(ROOT / "data", top / "data", copy_function=linked)
+    (top / "models").symlink_to(policy.prepare("smollm2-135m").parent)
+    run(top, "git", "init", "-q")
+    run(top, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "DVCLive wants one")
+
+
+def figures(top):
+    """{stage: its metrics} of a run that got to the report, with every notebook's page."""
+    metrics = {p.stem: json.loads(p.read_text()) for p in (top / "results" / "metrics").glob("*.json")}
     assert set(metrics) == set(STAGES) and metrics["06_grpo_online"]["online"]["core-F1"]["n"] > 0
-    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
-    assert "A step with the online MetaRM" in page and (tmp_path / "results" / "runs" / "online" / "adapter").is_dir()
-    assert {p.stem for p in (tmp_path / "results" / "notebooks").glob("*.html")} == set(STAGES)
+    assert {p.stem for p in (top / "results" / "notebooks").glob("*.html")} == set(STAGES)
+    page = (top / "results" / "report.html").read_text(encoding="utf-8")
+    assert "A step with the online MetaRM" in page and (top / "results" / "runs" / "online" / "adapter").is_dir()
+    return metrics
+
+
+@pytest.mark.timeout(1800)
+def test_the_notebooks_run_to_the_report(tmp_path, data_dir):
+    """Profile smoke, all stages: what `make smoke` does once the data are there."""
+    project(tmp_path)
+    path = {"PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "smoke", "RMNLHF_SET": "", "RMNLHF_LAUNCH": "", "RMNLHF_JUDGE_URL": ""}
+    run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
+    figures(tmp_path)
+
+
+# What of profile gpu a laptop without a hub cannot have: the weights, the length, the numbers. All else is the profile's: its sources, a
+# think block's prompt, binary rewards from an LLM judge, MetaRM as LoRA on the policy's base, checkpointing, sampled verdicts.
+ON_A_LAPTOP = (
+    "policy.model=smollm2-135m policy.revision=null policy.max_prompt=420 policy.max_completion=256 cold_start.enabled=true "
+    "cold_start.adapter=adapters/ukpconvarg data.max_train=60 data.max_eval=12 metarm.pairs=6 metarm.rollouts_per_pair=2 metarm.batch=8 "
+    "metarm.max_length=400 metarm.epochs=1 metarm.drift_every=1 metarm.drift_pairs=2 grpo.steps=1 grpo.prompts=2 grpo.group=2 "
+    "evaluation.pairs=2 evaluation.bootstrap=200 benchmarks.rows=4 benchmarks.arm_rows=1 benchmarks.judges=[online] downstream.candidates=2 "
+    "downstream.questions=1 downstream.steps=1"
+)
+
+
+def hub(data, made):
+    """The hub's data sets of profile gpu, in the hub's layout, from generated pairs."""
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    def table(file, rows):
+        file.parent.mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+    for name in sources.HUB:
+        (data / name).mkdir()
+        (data / name / "FETCHED.json").write_text('{"id": "x", "revision": "y"}')
+    (data / "helpsteer3" / "preference").mkdir()
+    for split, part in (("train", made[:80]), ("validation", made[80:100])):
+        with gzip.open(data / "helpsteer3" / "preference" / f"{split}.jsonl.gz", "wt", encoding="utf-8") as f:
+            for p in part:
+                opinions = [{"score": {"A": -1, "B": 1, None: 0}[c.label], "reasoning": re.sub(r"Response ([AB])", lambda m: f"@Response {'AB'.index(m[1]) + 1}", c.text)}
+                            for c in p.critiques]  # fmt: skip
+                f.write(json.dumps({"domain": "general", "language": "english", "context": p.context, "response1": p.response_a,
+                                    "response2": p.response_b, "overall_preference": -2 if p.label == "A" else 2, "individual_preference": opinions}) + "\n")  # fmt: skip
+
+    def both(p):
+        return (p.response_a, p.response_b) if p.label == "A" else (p.response_b, p.response_a)
+
+    asked = [(p.id, p.context[0]["content"], *both(p)) for p in made[100:180]]
+    table(data / "tulu3_if" / "data" / "train-00000-of-00001.parquet", [
+        {"id": i, "prompt": q, "constraints": ["be right"], "chonsen_model": "m", "rejected_model": "n",
+         **{k: [{"role": "user", "content": q}, {"role": "assistant", "content": text}] for k, text in (("chosen", good), ("rejected", bad))}}
+        for i, q, good, bad in asked[:60]
+    ])  # fmt: skip
+    table(data / "rewardbench" / "data" / "filtered-00000-of-00001.parquet", [
+        {"id": k, "subset": ["alpacaeval-easy", "hep-python"][k % 2], "prompt": q, "chosen": good, "rejected": bad} for k, (_, q, good, bad) in enumerate(asked[60:])
+    ])  # fmt: skip
+    table(data / "rewardbench2" / "data" / "test-00000-of-00001.parquet", [
+        {"id": str(k), "subset": ["Focus", "Math"][k % 2], "prompt": q, "chosen": [good], "rejected": [bad, bad + " So it is.", "No."]}
+        for k, (_, q, good, bad) in enumerate(asked[60:])
+    ])  # fmt: skip
+
+
+def offline_judge(number, body):
+    """An endpoint that answers what it is asked as the offline backend would."""
+    text, asks = body["messages"][-1]["content"], set(body["response_format"]["json_schema"]["schema"]["properties"])
+    if asks == {"arguments"}:
+        (critique,) = re.findall(r"<critique>\n(.*)\n</critique>", text, re.DOTALL)
+        found = [{"text": a.text, "side": a.side or "both", "polarity": "blame" if a.polarity < 0 else "praise", "core": a.core} for a in arguments.extract(grm.restore(critique))]
+        answer = {"arguments": found}
+    elif "matched" in asks:
+        _, generated, reference = re.split(r"\[(?:Generated|Reference) critique\]\n", text)
+        score = similarity.similarity(generated, [reference])
+        answer = {"repeats": False, "generated": len(score.generated), "reference": len(score.reference), "matched": len(score.matches)}
+    else:
+        answer = {"valid": 5} if asks == {"valid"} else {"yes": True}
+    return test_judge.completion(json.dumps(answer), model=body["model"])
+
+
+@pytest.mark.timeout(1800)
+def test_profile_gpu_runs_to_the_report_in_small(tmp_path, data_dir):
+    """Every stage of profile gpu on a CPU: its hub data sets in their layout, its judge behind an address, small weights."""
+    project(tmp_path)
+    hub(tmp_path / "data", sorted(sources.load("controlled", data_dir), key=lambda p: fingerprint("small", p.id)))
+    endpoint = test_judge.Endpoint(offline_judge)
+    path = {"PYTHONPATH": str(tmp_path), "RMNLHF_PROFILE": "gpu", "RMNLHF_SET": ON_A_LAPTOP, "RMNLHF_LAUNCH": "", "RMNLHF_JUDGE_URL": endpoint.url}
+    try:
+        run(tmp_path, sys.executable, "-m", "rmnlhf.judge", env=path)
+        run(tmp_path, "dvc", "repro", "--no-run-cache", env=path)
+    finally:
+        endpoint.shutdown()
+        endpoint.server_close()
+    metrics = figures(tmp_path)
+    assert metrics["04_metarm"]["base"] == "policy" and metrics["04_metarm"]["rows"]["human"] == 0

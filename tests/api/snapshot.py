@@ -35,6 +35,9 @@ WANTED = {
         "EngineArgs": ("vllm/engine/arg_utils.py", "EngineArgs"),
         "SamplingParams": ("vllm/sampling_params.py", "SamplingParams"),
         "StructuredOutputsParams": ("vllm/sampling_params.py", "StructuredOutputsParams"),
+        "RequestOutput": ("vllm/outputs.py", "RequestOutput.__init__"),
+        "CompletionOutput": ("vllm/outputs.py", "CompletionOutput"),
+        "Logprob": ("vllm/logprobs.py", "Logprob"),
         "Worker.reload_weights": ("vllm/v1/worker/gpu_worker.py", "Worker.reload_weights"),
         "GPUModelRunner.reload_weights": ("vllm/v1/worker/gpu_model_runner.py", "GPUModelRunner.reload_weights"),
     },
@@ -43,6 +46,8 @@ WANTED = {
         "FastLanguageModel.get_peft_model": ("unsloth/models/llama.py", "FastLlamaModel.get_peft_model"),
     },
 }
+SERVERS = {"vllm"}  # of these also the server's addresses
+NAMED = {"vllm": ("vllm/envs.py", ["VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SERVER_DEV_MODE"])}  # environment variables
 
 
 def locked(package: str) -> str:
@@ -69,11 +74,23 @@ def signature(tree: ast.Module, name: str) -> dict:
     return {"names": [x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs] if x.arg not in ("self", "cls")], "any": a.kwarg is not None}
 
 
+def routes(sources: list[str]) -> list[str]:
+    """The addresses that a FastAPI server answers, from its source."""
+    return sorted({m[1] for text in sources for m in re.finditer(r'@\w*(?:router|app)\.(?:get|post)\(\s*"(/[^"]*)"', text)})
+
+
 def snapshot(package: str, wheel: Path) -> dict:
-    version = wheel.name.split("-")[1]
+    out = {"package": package, "version": wheel.name.split("-")[1]}
     with zipfile.ZipFile(wheel) as z:
         trees = {file: ast.parse(z.read(file)) for file in {f for f, _ in WANTED[package].values()}}
-    return {"package": package, "version": version, "signatures": {k: {"file": f, **signature(trees[f], n)} for k, (f, n) in WANTED[package].items()}}
+        out["signatures"] = {k: {"file": f, **signature(trees[f], n)} for k, (f, n) in WANTED[package].items()}
+        if package in SERVERS:
+            out["routes"] = routes([z.read(f).decode() for f in z.namelist() if f.startswith(f"{package}/entrypoints/") and f.endswith(".py")])
+        if package in NAMED:
+            file, names = NAMED[package]
+            known = set(re.findall(r'^    "(\w+)": ', z.read(file).decode(), re.MULTILINE))
+            out["environment"] = [n for n in names if n in known]
+    return out
 
 
 def main():
