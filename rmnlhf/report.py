@@ -26,6 +26,7 @@ import yaml
 from . import ROOT, rewards, sources, splits
 from .grm import Judgement
 from .pairs import OTHER, PreferencePair, read_jsonl, swap_sides
+from .params import ARMS
 
 TEMPLATES = Path(__file__).parent / "templates"
 STAGES = {
@@ -41,7 +42,7 @@ RULES = (
     f"Not testable here: the stage did not run, its file lacks the figure, the figure is missing (NaN), it rests on fewer than "
     f"{MIN_N} rows or {MIN_GROUPS} groups, the claim is about human text and the run had only generated pairs, no row differs between the "
     f"two that are compared, or the claim's own row says why. Reproduced: the whole 95 % interval lies on the claimed side of the stated "
-    f"bound. Not reproduced: the whole interval lies on the other side. Not decided: the interval holds the bound; a larger run may go either way."
+    f"bound. Not reproduced: the whole interval lies on the other side. Not decided: the interval holds the bound; a larger run may go either way. Comparisons of arms draw pairs, whose debates may be fewer than {MIN_GROUPS}: see the limits."
 )
 
 
@@ -173,7 +174,7 @@ def number(value) -> str:
         return str(value)
     if isinstance(value, int) or value == int(value) and abs(value) >= 10:
         return f"{int(value):,}"
-    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
 
 
 def show(value) -> str:
@@ -232,7 +233,7 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
         word, why = judge(claim, value, stage in run.metrics, generated, metrics.get(f"{key}.groups"))
         for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
             if value is not None and metrics.get(other) != wanted:
-                word, why = NOT_TESTABLE, f"{claim['where_text']} ({other}: {metrics.get(other)})"
+                word, why = NOT_TESTABLE, claim["where_text"]
         out.append({**claim, "value": value, "word": word, "why": why, "file": f"metrics/{stage}.json" if value is not None else None})
     return out
 
@@ -247,7 +248,7 @@ def judge(claim: dict, value, ran: bool = True, generated: bool = False, groups:
     if not ran:
         return NOT_TESTABLE, f"stage {claim['stage']} did not run"
     if value is None:
-        return NOT_TESTABLE, f"metrics/{claim['stage']}.json has no {claim['key']}"
+        return NOT_TESTABLE, claim.get("lacking") or f"metrics/{claim['stage']}.json has no {claim['key']}"
     if claim.get("human") and generated:
         return NOT_TESTABLE, "this run had generated pairs only, the claim is about human critiques"
     mean = value.get("mean") if isinstance(value, dict) else value
@@ -462,6 +463,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
             "not compare, directions may not carry over."
         )
     out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
+    out += _arms(run)
     groups = run.metrics.get("01_diagnosis", {}).get("inconsistency.cold_start.unseen.groups")
     if groups is not None and groups < MIN_GROUPS:
         out.append(f"The rates of 01 draw groups, here {groups}: too few for their intervals to be trusted.")
@@ -470,7 +472,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
         many = f"{n} training seeds, averaged within a pair" if n > 1 else "One training seed"
         out.append(f"{many}: intervals cover the choice of evaluation rows, not the luck of a training run.")
     if (p.get("similarity") or {}).get("backend") == "offline":
-        out.append("The process reward comes from the offline similarity, not from the paper's LLM judge.")
+        out.append("The process reward comes from the matcher that needs no LLM (`similarity.backend: offline`), not from the paper's LLM judge.")
     stock, own = (run.metrics.get("02_core_similarity", {}).get(f"paid/{k}") or {} for k in ("stock_reason", "annotator_of_the_pair"))
     if None not in (stock.get("low"), own.get("high")) and stock["low"] > own["high"]:
         out.append(
@@ -490,6 +492,37 @@ def limits(run: Run, found: list[dict]) -> list[str]:
     untested = [c["id"] for c in found if c["word"] == NOT_TESTABLE]
     if untested:
         out.append(f"{len(untested)} of {len(found)} claims could not be tested: " + ", ".join(untested) + ".")
+    return out
+
+
+def _arms(run: Run) -> list[str]:
+    """What the arms' comparison does not say by itself: where the lead comes from, and what is said whatever is shown."""
+    paired, online, out = run.metrics.get("05_grpo_offline", {}), run.metrics.get("06_grpo_online", {}), []
+
+    def known(key):
+        value = paired.get(f"paired.{key}.f1") or {}
+        return value if None not in (value.get("low"), value.get("high")) else None
+
+    start, lost, lead, stock = map(known, ("human_minus_cold_start", "outcome_minus_cold_start", "human_minus_outcome", "human_minus_stock_reason"))
+    if start and start["low"] <= 0 and lead and lead["low"] > 0:
+        out.append(
+            f"Arm `human` is not clearly above the cold start in core-F1 ({show(start)}): its lead over `outcome` ({show(lead)}) comes with what "
+            f"`outcome` lost against the cold start ({show(lost)})."
+        )
+    if stock and stock["low"] <= 0:
+        out.append(f"Arm `human` is not above one constant sentence, the stock reason, in core-F1 ({show(stock)}).")
+    arms = [a for a in ("cold_start", *ARMS) if online.get(f"{a}.most frequent critique") is not None]
+    if arms:
+        said = ", ".join(f"`{a}` {online[f'{a}.most frequent critique']:.0%}" for a in arms)
+        first = ", ".join(f"`{a}` {online[f'{a}.first response named']:.0%}" for a in arms if online.get(f"{a}.first response named") is not None)
+        out.append(f"Share of the most frequent critique among all that an arm writes: {said}. Share of verdicts for the response shown first, one half being right: {first}.")
+    if (n := online.get("drift_online_better.measures")) and 2 * online["drift_online_better.mae"] < n:
+        out.append(f"On the policy's own rollouts the online MetaRM had the lower error at {online['drift_online_better.mae']} of {n} measures: the frozen one did not fall behind.")
+    limit = ((run.params or {}).get("benchmarks") or {}).get("max_prompt")
+    if limit and (found := run.metrics.get("07_benchmarks")):
+        shares = {k.split(".", 1)[1]: v for k, v in found.items() if k.startswith("prompts_cut.") and v}
+        which = ": " + ", ".join(f"{v:.0%} of {k}" for k, v in shares.items()) if shares else ""
+        out.append(f"07 cuts the prompts of other benchmarks than its own debates to {limit} tokens, from the middle (`benchmarks.max_prompt`){which}.")
     return out
 
 
@@ -550,7 +583,7 @@ def excerpt(folder: Path = KEPT) -> str:
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     return env.get_template("readme.md.j2").render(
         arms=arms, columns=columns, metrics=figures, claims=claims(run), lines=lines, show=show, shown=SHOWN, limits=limits(run, []),
-        folder=folder.relative_to(ROOT).as_posix(),
+        folder=folder.relative_to(ROOT).as_posix(), paired=run.metrics["05_grpo_offline"], names=dict(zip(columns, ("f1", "f1_right", "correct", "inconsistent"))),
     )  # fmt: skip
 
 

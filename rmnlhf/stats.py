@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def over(judged, arm: str, other: str, column: str, n: int = 2000) -> dict:
     pair. judged: rows of `runner.evaluate` with a column arm."""
     both = judged.pivot_table(index="id", columns="arm", values=column, aggfunc="mean").reindex(columns=[arm, other]).dropna()
     return dict(zip(("mean", "low", "high", "p"), paired(both[arm], both[other], both.index, n)), n=len(both))
+
+
+def habits(judged) -> dict:
+    """What a judge says whatever it is shown: {"distinct critiques": how many, sides' names aside; "most frequent critique": its share of all
+    judgements; "first response named": share of the readable verdicts}. judged: rows of `runner.evaluate`."""
+    said = judged["critique"].dropna().map(lambda text: re.sub(r"\b(Response|Answer) [AB]\b", r"\1 X", text))
+    named = judged["verdict"].dropna()
+    return {
+        "distinct critiques": int(said.nunique()),
+        "most frequent critique": float(said.value_counts().iloc[0] / len(judged)) if len(said) else None,
+        "first response named": float((named == "A").mean()) if len(named) else None,
+    }
 
 
 def holm(pvalues) -> np.ndarray:

@@ -118,3 +118,10 @@ def test_over_is_one_arm_less_the_other_pair_by_pair():
             ("r", "y", 1.0), ("s", "x", 0.2), ("s", "y", 0.1)]  # fmt: skip
     found = stats.over(pd.DataFrame(rows, columns=["id", "arm", "f1"]), "x", "y", "f1", n=50)
     assert found["n"] == 2 and found["mean"] == pytest.approx(0.3)
+
+
+def test_habits_are_what_is_said_whatever_is_shown():
+    judged = pd.DataFrame({"critique": ["Response A is better.", "Response B is better.", "It names a study.", None], "verdict": ["A", "B", "A", None]})
+    assert stats.habits(judged) == {"distinct critiques": 2, "most frequent critique": 0.5, "first response named": pytest.approx(2 / 3)}
+    nothing = pd.DataFrame({"critique": [None], "verdict": [None]})
+    assert stats.habits(nothing) == {"distinct critiques": 0, "most frequent critique": None, "first response named": None}
