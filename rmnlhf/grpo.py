@@ -545,7 +545,7 @@ def train(arm: str, params, seed: int | None = None, splits=None, metarm=None, m
     else:
         policy_, tokenizer = model
     encoded, cut = {}, set()
-    for row in rows:
+    for row in tqdm(rows, "prompts", disable=len(rows) < 5000, leave=False):
         row["prompt"] = f"{row['pair_id']}\t{row['swap']}"
         if row["prompt"] not in encoded:
             pair = reward.pairs[row["pair_id"]]

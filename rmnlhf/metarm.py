@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ from .policy import PACKAGED, free, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
 TOKENS = 8192  # of one forward of a sequence regressor; with LoRA 60 bytes × layers × hidden × tokens, with gradient checkpointing 2
-SAVE_EVERY = 50  # batches of a fit that has a checkpoint
+SAVE_EVERY, SAVE_SECONDS = 50, 300  # batches, or time, between the checkpoints of a fit
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -290,13 +292,12 @@ class SequenceRegressor(nn.Module):
         self.max_length, self.limit = min(max_length, limit), limit
 
     def encode(self, rows: list[dict], progress: bool = False) -> list[list[int]]:
-        return [self._ids(r) for r in tqdm(rows, "tokens", disable=not progress)]
-
-    def _ids(self, r: dict) -> list[int]:
         tok = self.tokenizer
+        plain = lru_cache(maxsize=64)(lambda text: tok(text, add_special_tokens=False, verbose=False)["input_ids"])  # rows of a pair share its texts
+        return [self._ids(r, plain) for r in tqdm(rows, "tokens", disable=not progress)]
 
-        def plain(text):
-            return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _ids(self, r: dict, plain) -> list[int]:
+        tok = self.tokenizer
 
         heads = [plain(h) for h in ("[Conversation]\n", "\n\n[Response A]\n", "\n\n[Response B]\n", "\n\n[Critique]\n")]
         critique, texts = plain(r["critique"]), [plain(t) for t in _shown(r)]
@@ -409,7 +410,8 @@ class MetaRM:
         and held_out (mean squared error) where rows for it are given. run: a folder for TensorBoard's and DVCLive's logs of them.
 
         extra: rows that are learnt but do not enter the replay buffer (`from_humans`); both together are one training set.
-        checkpoint: a file that holds the state every SAVE_EVERY batches: a killed fit of the same rows goes on, to the same weights."""
+        checkpoint: a file that holds the state, at the latest every SAVE_EVERY batches or SAVE_SECONDS: a killed fit of the same rows goes on, to
+        the same weights, and a finished one is taken as it is."""
         rows, extra, held_out = _checked(rows, True), _checked(extra, True), _checked(held_out, True)
         if not rows and not extra:
             raise ValueError("MetaRM.fit: no row with a target; it learns from pairs with human critiques only")
@@ -425,6 +427,7 @@ class MetaRM:
         of = fingerprint(p, self.seed, self.policy, *((r["group"], r["swap"], r["critique"], r["target"]) for r in everything))
         at = self._resume(Path(checkpoint), of, optimizer, schedule) if checkpoint else None
         at = at or {"epoch": 0, "batch": 0, "losses": [], "history": [], "generator": self.generator.get_state()}
+        saved = time.monotonic()
         history, live = at["history"], Live(run, resume=False) if run else None
         for past in history if live else ():
             live.log(past["epoch"], {k: v for k, v in past.items() if k != "epoch"})
@@ -438,7 +441,8 @@ class MetaRM:
                 loss = self._step(optimizer, self.model.take(features, index), targets[index], [everything[i]["group"] for i in index])
                 schedule.step()
                 losses += [loss] * len(index)
-                if checkpoint and (k + 1) % SAVE_EVERY == 0:
+                if checkpoint and ((k + 1) % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS):
+                    saved = time.monotonic()
                     now = {"epoch": epoch, "batch": k + 1, "losses": losses, "history": history, "generator": start}
                     self._checkpoint(Path(checkpoint), of, optimizer, schedule, now)
             history.append({"epoch": epoch + 1, "loss": float(np.mean(losses))})
@@ -449,8 +453,9 @@ class MetaRM:
                 live.log(epoch + 1, {k: v for k, v in history[-1].items() if k != "epoch"})
         if live:
             live.close()
-        if checkpoint:
-            Path(checkpoint).unlink(missing_ok=True)
+        if checkpoint:  # stays: what stands on this fit may be run again, and need not train it again
+            done = {"epoch": p.epochs, "batch": 0, "losses": [], "history": history, "generator": self.generator.get_state()}
+            self._checkpoint(Path(checkpoint), of, optimizer, schedule, done)
         if rows and extra:  # `extra` has its own share of right verdicts: the level is the rollouts'
             self.offset -= float((self._predict(self.model.take(features, list(range(len(rows))))) - targets[: len(rows)].numpy()).mean())
         if rows:
@@ -471,7 +476,8 @@ class MetaRM:
         self.load_state_dict(state["metarm"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        log.warning("MetaRM's fit goes on from epoch %d, batch %d", state["at"]["epoch"] + 1, state["at"]["batch"])
+        at = state["at"]
+        log.warning(*("MetaRM's fit of these rows is taken as it is",) if at["epoch"] == self.params.epochs else ("MetaRM's fit goes on from epoch %d, batch %d", at["epoch"] + 1, at["batch"]))
         return state["at"]
 
     def score(self, rows: Sequence[dict]) -> np.ndarray:

@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and torch take
 ARMS = ("outcome", "human", "offline", "online")
 PACKAGED = ("smollm2-135m", "minilm")  # policy.PACKAGED, without an import of torch
 
@@ -104,7 +105,7 @@ class ColdStart(Section):
 
 class Rollout(Section):
     engine: Literal["auto", "transformers", "vllm", "server"]
-    temperature: Annotated[float, Field(ge=0)]
+    temperature: Rate  # at 0 the completions of a group would be one
     top_p: Annotated[float, Field(gt=0, le=1)]
     batch: Positive
     gpu_memory: Annotated[float, Field(gt=0, lt=1)]
@@ -150,7 +151,7 @@ class Grpo(Section):
     token_budget: Positive
     shared_prefix: bool
     save_every: Positive
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
 class Evaluation(Section):
@@ -181,7 +182,7 @@ class Params(Section):
     """Typed, validated parameters of one run. Sections are those of params.yaml, one for each stage of the story."""
 
     profile: Profile
-    seed: int
+    seed: Seed
     endpoint: bool = False  # whether a judge's address was known when the file was resolved: 02 asks it where it is
     data: Data
     grm: Grm
@@ -230,6 +231,19 @@ class Params(Section):
                 f"metarm.base: {base!r} is neither packaged ({', '.join(PACKAGED)}), 'policy' nor a folder, so it comes from a hub, "
                 "where it can change: give name@commit"
             )
+        d = self.data
+        if len(set(self.grpo.seeds)) < len(self.grpo.seeds):
+            raise ValueError("grpo.seeds: a seed is named twice")
+        for key, names in (("critique_sources", d.critique_sources), ("plain_sources", d.plain_sources), ("evaluation_sources", d.evaluation_sources)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"data.{key}: a source is named twice")
+        if both := set(d.plain_sources) & {*d.critique_sources, *d.evaluation_sources}:
+            raise ValueError(
+                f"data.plain_sources: {min(both)} is also in data.critique_sources or data.evaluation_sources: all of its pairs would be trained on, "
+                "without their critiques"
+            )
+        if self.metarm.tune == "head" and base == "policy" and self.policy.model not in PACKAGED:
+            raise ValueError("metarm.tune head reads a frozen encoder on the CPU: set metarm.base=minilm, or metarm.tune=lora for the policy's base")
         if self.cold_start.controlled_share + self.cold_start.mr_ben_share > 1:
             raise ValueError("cold_start.controlled_share + cold_start.mr_ben_share is over 1")
         return self

@@ -95,7 +95,8 @@ def process_rewards(
 ) -> list[Similarity | None]:
     """Similarity of each critique with the human critiques of its pair, one batch; None where the pair has none.
 
-    A critique that could not be parsed (None) is no text "None": it has no argument and scores 0. `.f1` is NaN where the judge failed."""
+    A critique that could not be parsed (None) is no text "None": it has no argument and scores 0. `.f1` is NaN where the judge failed, and
+    where no argument is found in what people wrote."""
     kept = [i for i, r in enumerate(references) if any((getattr(c, "text", c) or "").strip() for c in r)]
     out: list[Similarity | None] = [None] * len(critiques)
     for i, s in zip(kept, similarity_many([critiques[i] for i in kept], [references[i] for i in kept], kind, backend, judge)):
@@ -121,6 +122,7 @@ def check_process_rows(pairs: Sequence[PreferencePair], processes: Sequence[floa
     if due and missing > max_missing * len(due):
         raise ProcessRewardError(
             f"{missing} of {len(due)} process rewards are missing ({missing / len(due):.0%}, reward.max_missing allows {max_missing:.0%}): the judge "
-            "fails too often. See its log and cache (judge.base_url_env, judge.timeout, judge.retries), or set similarity.backend=offline."
+            "fails too often (see its log and cache, judge.timeout, judge.retries), or no argument is found in the human critiques "
+            "(similarity.backend=offline reads English only)."
         )
     return {"rows": len(pairs), "with_critique": with_critique, "scored": len(due) - missing, "missing": missing}

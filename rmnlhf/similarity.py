@@ -291,7 +291,7 @@ def stock_reason(pairs: Sequence[PreferencePair], candidates: int = 20, sample: 
 
 
 def _one(critique, references, generated, merged, kind):
-    if generated is None or merged is None:  # missing, not zero
+    if generated is None or not merged:  # missing, not zero: the judge failed, or no argument was found in what people wrote
         return Similarity(math.nan, math.nan, math.nan)
     generated = _distinct(generated)
     if kind == "core":

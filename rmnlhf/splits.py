@@ -104,6 +104,15 @@ def make(params) -> Splits:
         left_out[f"{role}: over data.max_train"] = len(roles[role]) - keep
         roles[role] = roles[role][:keep]
     report["left out of training"] = {k: v for k, v in left_out.items() if v}
+    if not roles["train"]:
+        raise ValueError(
+            f"no pair with a human critique is left to train on ({'; '.join(f'{n} {why}' for why, n in left_out.items() if n) or 'the sources have none'}): "
+            "raise data.max_chars or data.max_train, or add a source to data.critique_sources"
+        )
+    if d.own:  # what the cuts left of them
+        mine = {p.id for p in own.pairs}
+        report[d.own]["used"] = {role: sum(p.id in mine for p in roles[role]) for role in ("train", "hidden")}
+        report[d.own]["critiques_hidden"] = sum(p.id in mine and bool(p.agreeing) for p in roles["hidden"])
     return Splits(
         roles["train"],
         [replace(p, critiques=[]) for p in roles["hidden"]],
@@ -286,8 +295,9 @@ def leakage(train, evaluation, unit: str = "pair", threshold: float = 0.6) -> di
     def best(text: str) -> tuple[float, str]:
         if text in owner:
             return 2.0, owner[text]  # more than any similarity
-        grams = _shingles(text)
-        others = [(_shingles(texts[i]), owner[texts[i]]) for i in index.query(_sketch(text))]
+        found = index.query(_sketch(text))
+        grams = _shingles(text) if found else set()
+        others = [(_shingles(texts[i]), owner[texts[i]]) for i in found]
         return max(((len(grams & other) / len(grams | other), name) for other, name in others), default=(0.0, ""))
 
     found = {"exact": [], "near": []}

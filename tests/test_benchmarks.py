@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -517,6 +518,18 @@ def test_recorded_verdicts_and_functions_are_judges(tmp_path):
         runner.evaluate("nowhere.jsonl", None, pairs, smoke())
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"order": "AB"}, "row 2: order is 'AB'; allowed: ab, ba"), ({"verdict": "A>B"}, "row 2: verdict is 'A>B'; allowed: A, B"), ({"verdict": 1}, "verdict is 1"),
+    ({"critique": ["x"]}, "critique is a text"), ({"tokens": "n/a"}, "tokens a number"), ({"id": "p0", "order": "ab", "verdict": "B"}, "another verdict above"),
+    ({"order": ...}, "row 2 has no order"), ({"verdict": ...}, "row 2 has no verdict"),
+])  # fmt: skip
+def test_recorded_verdicts_that_cannot_be_read_are_refused_by_row(tmp_path, change, says):
+    row = {"id": "p0", "order": "ba", "verdict": "A"} | change
+    rows = [{"id": "p0", "order": "ab", "verdict": "A"}, {k: v for k, v in row.items() if v is not ...}]
+    with pytest.raises(ValueError, match=re.escape(says)):
+        runner.recorded(write_jsonl(tmp_path / "said.jsonl", rows))
+
+
 def test_verdicts_find_their_way_back_to_rows_with_several_contests():
     rows = rows_of("rm_bench")
     frame = runner.evaluate(lambda shown: "A" if "good" in shown.response_a else "B", None, benchmarks.pairs("rm_bench", rows)[::-1], smoke())
@@ -588,6 +601,14 @@ def test_07_with_recorded_judges(tmp_path, monkeypatch, data_dir, capsys):
         if cell["id"] == "parameters":
             space["overrides"] = ["profile=smoke", f"data.dir={data_dir}", "benchmarks.names=[llmbar, judgebench]", "benchmarks.own=[mine.jsonl]",
                                   "benchmarks.arm_rows=8", "benchmarks.judges=[outcome.jsonl, human.jsonl, silent.jsonl]"]  # fmt: skip
+    for judge, name in (("results/outcome.jsonl", "outcome"), ("length.jsonl", "length"), ("longer.jsonl", "longer")):  # an arm, a section, a baseline
+        space["B"] = space["B"].model_copy(update={"judges": ["outcome.jsonl", judge]})
+        with pytest.raises(ValueError, match=f"shown as '{name}', which is taken"):
+            exec("".join(next(c for c in cells if "RESERVED =" in "".join(c["source"]))["source"]), space)  # noqa: S102
+    space["B"] = space["B"].model_copy(update={"own": ["mine.jsonl", "again.jsonl"]})
+    shutil.copy("mine.jsonl", "again.jsonl")
+    with pytest.raises(ValueError, match=r"again.jsonl: id 'mine-.*' is also one of mine.jsonl's"):
+        exec("".join(next(c for c in cells if "searchsorted" in "".join(c["source"]))["source"]), space)  # noqa: S102
     metrics = json.loads((tmp_path / "results/metrics/07_benchmarks.json").read_text())
     shares = ["official", "accuracy", "accuracy_ab", "accuracy_ba", "consistent", "consistency", "first_position", "invalid", "critique_chars"]
     table = pd.read_csv("results/tables/07_main.csv").set_index(["judge", "benchmark"])

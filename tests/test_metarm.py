@@ -285,10 +285,16 @@ def test_a_killed_fit_goes_on_to_the_same_weights(P, tiny_decoder, base, tmp_pat
             shutil.copy(file, tmp_path / "copy.pt")
             assert fresh.fit(rows[1:], checkpoint=tmp_path / "copy.pt") == metarm.MetaRM(settings, 3, policy).fit(rows[1:])
             assert "goes on from" not in caplog.text
-        assert other.fit(rows, held_out=rows[:4], checkpoint=file, run=tmp_path / "live") == history and not file.exists()
+        assert other.fit(rows, held_out=rows[:4], checkpoint=file, run=tmp_path / "live") == history
         assert "goes on from epoch" in caplog.text
         assert np.array_equal(other.score(rows), whole.score(rows)) and torch.equal(other.generator.get_state(), whole.generator.get_state())
         assert len((tmp_path / "live/dvclive/plots/metrics/loss.tsv").read_text().splitlines()) == 3
+        caplog.clear()
+        monkeypatch.setattr(metarm.MetaRM, "_step", None)  # a finished fit of these rows is taken as it is
+        again = metarm.MetaRM(settings, 3, policy)
+        assert again.fit(rows, held_out=rows[:4], checkpoint=file) == history and "taken as it is" in caplog.text
+        assert np.array_equal(again.score(rows), whole.score(rows)) and torch.equal(again.generator.get_state(), whole.generator.get_state())
+        file.unlink()
         caplog.clear()
 
 

@@ -57,6 +57,13 @@ def test_a_number_is_a_number_however_it_is_written(text, write):
         ("similarity.threshold=1.5", "similarity.threshold", "less than or equal to 1"),
         ("grm.think='yes'", "grm.think", "boolean"),
         ("grpo.seeds=[]", "grpo.seeds", "at least 1"),
+        ("grpo.seeds=[7,7]", "grpo.seeds", "named twice"),
+        ("grpo.seeds=[-1]", "grpo.seeds.0", "greater than or equal to 0"),
+        ("seed=-1", "seed", "greater than or equal to 0"),
+        ("rollout.temperature=0.0", "rollout.temperature", "greater than 0"),
+        ("data.critique_sources=[mr_ben,mr_ben]", "data.critique_sources", "named twice"),
+        ("data.plain_sources=[ukpconvarg]", "data.plain_sources", "also in data.critique_sources"),
+        ("data.plain_sources=[haluquestqa]", "data.plain_sources", "data.evaluation_sources"),
         ("profile=tiny", "profile", "smoke, cpu, long, gpu"),
         ("policy.load_in_4bit=true", "load_in_4bit", "GPU"),
         ("policy.model=someone/model", "policy.revision", "give the commit"),
@@ -104,6 +111,8 @@ def test_impossible_combinations_are_refused():
             params.load(ROOT / "params.yaml", "gpu", [*small, key])
     with pytest.raises(params.ParamsError, match="rounds away most of a cold start"):
         params.load(ROOT / "params.yaml", "gpu", ["policy.load_in_4bit=true", "cold_start.enabled=true"])
+    with pytest.raises(params.ParamsError, match="a frozen encoder on the CPU"):
+        params.load(ROOT / "params.yaml", "gpu", ["metarm.tune=head"])
     with pytest.raises(params.ParamsError, match="is over 1"):
         params.load(ROOT / "params.yaml", overrides=["cold_start.controlled_share=0.7", "cold_start.mr_ben_share=0.7"])
 

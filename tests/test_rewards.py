@@ -118,6 +118,16 @@ def test_a_failed_judge_is_missing():
     assert math.isnan(score.f1) and math.isnan(composite(RIGHT, "A", score.f1))
 
 
+@pytest.mark.parametrize("text", ["👍", "n/a", "回答A更好，因为它更准确。"])
+def test_a_human_critique_without_an_argument_is_missing_and_not_zero(text):
+    (score,) = process_rewards(["Response A gives more evidence."], [[text]])
+    assert math.isnan(score.f1)
+    (score,) = process_rewards(["Response A gives more evidence."], [[text, "Response A gives more evidence."]])
+    assert score.f1 == 1
+    with pytest.raises(ProcessRewardError, match="no argument is found in the human critiques"):
+        check_process_rows([pair(HUMAN)], [math.nan] * 3)
+
+
 @pytest.mark.parametrize("swap", [0, 1])
 def test_training_compares_a_critique_with_the_references_as_shown(swap):
     p, right, other = pair(HUMAN[:1]), "AB"[swap], "BA"[swap]  # label A as stored

@@ -145,6 +145,9 @@ def test_own_pairs_join_training_unless_they_stand_in_an_evaluation_set(tmp_path
     about = made.report[str(file)]
     assert about["read"] == 7
     assert about["refused"] == {"missing field": 1, "half-written last line": 1, "its group is held out for evaluation": 1}
+    assert about["used"] == {"train": 2, "hidden": 1} and about["critiques_hidden"] == 0
+    with pytest.raises(ValueError, match="no pair with a human critique is left .*over 1 characters.*data.max_chars"):
+        splits.make(load(data_dir, *fixed, "data.max_chars=1"))
 
 
 def test_save_and_load(made, tmp_path):

@@ -158,11 +158,29 @@ def _plain(verdict) -> dict:
     return {"judgement": Judgement(None, verdict, None if verdict else "no verdict"), "text": None, "tokens": 0, "seconds": 0.0, "votes": None}
 
 
-def _recorded(path, asked) -> list[dict]:
-    """Rows {id, order, verdict[, critique, text, tokens]}, verdict as shown, such as `evaluate` writes; no row: missing."""
+def recorded(path) -> dict[tuple[str, str], dict]:
+    """{(pair id, order): row} of a file of recorded verdicts. Raises FileNotFoundError, or ValueError naming the row and what is wrong."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected JSON Lines with id, order (ab, ba) and verdict")
-    rows = {(str(r["id"]), r["order"]): r for r in pairs_.read_rows(path)}
+    rows: dict = {}
+    for n, row in enumerate(pairs_.read_rows(path), 1):
+        where, verdict = f"{path}: row {n}", row.get("verdict")
+        if lacking := {"id", "order", "verdict"} - row.keys():
+            raise ValueError(f"{where} has no {min(lacking)}: a recorded verdict has id, order (ab or ba, ba showing response_b first) and verdict")
+        if row["order"] not in ORDERS:
+            raise ValueError(f"{where}: order is {row['order']!r}; allowed: {', '.join(ORDERS)}")
+        if verdict not in ("A", "B", "tie", None):
+            raise ValueError(f"{where}: verdict is {verdict!r}; allowed: A, B (as shown in this order), tie, null (no readable verdict)")
+        if not isinstance(row.get("critique"), (str, type(None))) or not isinstance(row.get("tokens"), (int, float, type(None))):
+            raise ValueError(f"{where}: critique is a text and tokens a number, where they are given")
+        if rows.setdefault((str(row["id"]), row["order"]), row) != row:
+            raise ValueError(f"{where}: id {row['id']!r}, order {row['order']} has another verdict above")
+    return rows
+
+
+def _recorded(path, asked) -> list[dict]:
+    """Rows {id, order, verdict[, critique, text, tokens]}, verdict as shown, such as `evaluate` writes; no row: missing."""
+    rows = recorded(path)
     out = []
     for pair, order in asked:
         row = rows.get((pair.id, order))
