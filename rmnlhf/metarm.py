@@ -30,7 +30,7 @@ from . import rewards, shared_prefix
 from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .live import Live
-from .pairs import OTHER, PreferencePair, fingerprint, read_rows, swap_sides, write_jsonl
+from .pairs import OTHER, PreferencePair, code, fingerprint, read_rows, swap_sides, write_jsonl
 from .policy import PACKAGED, free, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
@@ -424,7 +424,8 @@ class MetaRM:
         optimizer = torch.optim.AdamW(self._trainable(), lr=p.lr, weight_decay=0.1)
         batches = -(-len(everything) // p.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, p.epochs * batches))
-        of = fingerprint(p, self.seed, self.policy, *((r["group"], r["swap"], r["critique"], r["target"]) for r in everything))
+        said = ((r["group"], r["swap"], r["critique"], r["target"], *_shown(r)) for r in (*everything, *held_out))
+        of = fingerprint(code("metarm", "shared_prefix", "arguments", "policy"), p, self.seed, self.policy, len(everything), *said)
         at = self._resume(Path(checkpoint), of, optimizer, schedule) if checkpoint else None
         at = at or {"epoch": 0, "batch": 0, "losses": [], "history": [], "generator": self.generator.get_state()}
         saved = time.monotonic()
@@ -662,6 +663,8 @@ def agreement(targets, outputs) -> dict[str, float]:
 def rank_interval(targets, outputs, groups, n: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     """(rho, low, high): Spearman's correlation and its bootstrap interval from draws of whole groups."""
     targets, outputs = np.asarray(targets, float), np.asarray(outputs, float)
+    if not len(targets):
+        return (np.nan,) * 3
     names, where = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(where == g) for g in range(len(names))]
     rng, drawn = np.random.default_rng(seed), []

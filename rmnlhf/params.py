@@ -347,7 +347,7 @@ def _installed(params: Params):
     needs = {
         "policy.backend: unsloth": ("unsloth",) * unsloth + ("vllm",) * (unsloth and engine != "server"),
         "rollout.engine: vllm": ("vllm",) * (engine == "vllm"),
-        "judge.kind: vllm": ("vllm",) * (params.similarity.backend == "llm" and params.judge.kind == "vllm"),
+        "judge.kind: vllm": ("vllm",) * (params.similarity.backend == "llm" and params.judge.kind == "vllm" and not params.judge.replay_only),
     }
     for key, names in needs.items():
         if lacking := [name for name in names if importlib.util.find_spec(name) is None]:

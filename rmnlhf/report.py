@@ -232,8 +232,8 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
         value = metrics.get(key)
         word, why = judge(claim, value, stage in run.metrics, generated, metrics.get(f"{key}.groups"))
         for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
-            if value is not None and metrics.get(other) != wanted:
-                word, why = NOT_TESTABLE, claim["where_text"]
+            if value is not None and word != NOT_TESTABLE and metrics.get(other) != wanted:
+                word, why = NOT_TESTABLE, claim["where_text"] if other in metrics else f"metrics/{stage}.json does not say whether {other} is {wanted}"
         out.append({**claim, "value": value, "word": word, "why": why, "file": f"metrics/{stage}.json" if value is not None else None})
     return out
 
@@ -506,8 +506,8 @@ def _arms(run: Run) -> list[str]:
     start, lost, lead, stock = map(known, ("human_minus_cold_start", "outcome_minus_cold_start", "human_minus_outcome", "human_minus_stock_reason"))
     if start and start["low"] <= 0 and lead and lead["low"] > 0:
         out.append(
-            f"Arm `human` is not clearly above the cold start in core-F1 ({show(start)}): its lead over `outcome` ({show(lead)}) comes with what "
-            f"`outcome` lost against the cold start ({show(lost)})."
+            f"Arm `human` is not clearly above the cold start in core-F1 ({show(start)})"
+            + (f": its lead over `outcome` ({show(lead)}) comes with what `outcome` lost against the cold start ({show(lost)})." if lost and lost["high"] < 0 else ".")
         )
     if stock and stock["low"] <= 0:
         out.append(f"Arm `human` is not above one constant sentence, the stock reason, in core-F1 ({show(stock)}).")
@@ -522,7 +522,7 @@ def _arms(run: Run) -> list[str]:
     if limit and (found := run.metrics.get("07_benchmarks")):
         shares = {k.split(".", 1)[1]: v for k, v in found.items() if k.startswith("prompts_cut.") and v}
         which = ": " + ", ".join(f"{v:.0%} of {k}" for k, v in shares.items()) if shares else ""
-        out.append(f"07 cuts the prompts of other benchmarks than its own debates to {limit} tokens, from the middle (`benchmarks.max_prompt`){which}.")
+        out.append(f"07 cuts the prompts of other sets than this run's evaluation pairs to {limit} tokens, from the middle (`benchmarks.max_prompt`){which}.")
     return out
 
 

@@ -296,7 +296,7 @@ def _one(critique, references, generated, merged, kind):
     generated = _distinct(generated)
     if kind == "core":
         generated = [a for a in generated if a.core]
-        merged = [a for a in merged if a.core]
+        merged = [a for a in merged if a.core] or merged  # a judge may call none core
     if not generated or not merged:
         return Similarity(0.0, 0.0, 0.0, [], generated, merged)
     repeats = repetition(critique)

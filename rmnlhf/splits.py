@@ -67,7 +67,7 @@ def make(params) -> Splits:
         report[name] = {"read": rows, "refused": dict(refused)}
         roles["hidden"] += found
     if d.own:
-        own, taken = pairs_.read_jsonl(d.own), {p.id for members in roles.values() for p in members}
+        own, mine, taken = pairs_.read_jsonl(d.own), set(), {p.id for members in roles.values() for p in members}
         role_of = {p.group: role for role, members in roles.items() for p in members}  # a group stands in one role
         for pair in sorted(own.pairs, key=lambda p: not p.agreeing):
             if pair.id in taken:
@@ -76,6 +76,7 @@ def make(params) -> Splits:
                 own.refused["its group is held out for evaluation"] += 1
             else:
                 roles[role_of[pair.group]].append(pair)
+                mine.add(pair.id)
         report[d.own] = {"read": own.lines, "refused": dict(own.refused), "examples": own.examples}
 
     evaluation = {}
@@ -110,7 +111,6 @@ def make(params) -> Splits:
             "raise data.max_chars or data.max_train, or add a source to data.critique_sources"
         )
     if d.own:  # what the cuts left of them
-        mine = {p.id for p in own.pairs}
         report[d.own]["used"] = {role: sum(p.id in mine for p in roles[role]) for role in ("train", "hidden")}
         report[d.own]["critiques_hidden"] = sum(p.id in mine and bool(p.agreeing) for p in roles["hidden"])
     return Splits(

@@ -294,6 +294,11 @@ def test_a_killed_fit_goes_on_to_the_same_weights(P, tiny_decoder, base, tmp_pat
         again = metarm.MetaRM(settings, 3, policy)
         assert again.fit(rows, held_out=rows[:4], checkpoint=file) == history and "taken as it is" in caplog.text
         assert np.array_equal(again.score(rows), whole.score(rows)) and torch.equal(again.generator.get_state(), whole.generator.get_state())
+        monkeypatch.setattr(metarm, "code", lambda *names: "other code")
+        with pytest.raises(TypeError):  # a fit by other code is no such fit: it trains, and cannot
+            metarm.MetaRM(settings, 3, policy).fit(rows, held_out=rows[:4], checkpoint=file)
+        monkeypatch.undo()
+        monkeypatch.setattr(metarm, "SAVE_EVERY", 2)
         file.unlink()
         caplog.clear()
 

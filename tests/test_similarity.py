@@ -25,7 +25,7 @@ SENTENCES = [f"Response {s} {p}." for s in "AB" for p in PREDICATES] + ["Both re
 IRRELEVANT = ["Bananas are yellow.", "The train to Lyon leaves at noon.", "My cat sleeps on the sofa.", "Water is made of hydrogen."]
 critiques = st.lists(st.sampled_from(SENTENCES), min_size=1, max_size=5, unique=True)
 kinds = st.sampled_from(["core", "all"])
-laws = settings(max_examples=250, deadline=None, derandomize=True)
+laws = settings(max_examples=1000, deadline=None, derandomize=True)
 
 
 @given(critiques, kinds)

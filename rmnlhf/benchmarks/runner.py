@@ -117,21 +117,19 @@ def _process(shown: list[PreferencePair], rows: list[dict], params):
         return
     from rmnlhf import judge, similarity
 
-    scored = [i for i in with_reference if rows[i]["critique"]]
-    found = similarity.similarity_many(
+    scored = [i for i in with_reference if rows[i]["error"] != MISSING]
+    found = similarity.similarity_many(  # a judgement without a critique says nothing: 0, where the others of its pair are known
         [rows[i]["critique"] for i in scored], [[c.text for c in shown[i].agreeing] for i in scored], kind="core",
         backend=params.similarity.backend, judge=judge.of(params),
     ) if scored else []  # fmt: skip
-    found = dict(zip(scored, found))
-    for i in with_reference:
-        row, s = rows[i], found.get(i)
-        if row["error"] == MISSING or (s is not None and np.isnan(s.f1)):  # a judge call that failed is missing
+    for i, s in zip(scored, found):
+        row = rows[i]
+        if np.isnan(s.f1):  # a judge call that failed, references without an argument: missing
             continue
-        row |= {"precision": s.precision if s else 0.0, "recall": s.recall if s else 0.0, "f1": s.f1 if s else 0.0}
+        row |= {"precision": s.precision, "recall": s.recall, "f1": s.f1}
         row["inconsistent"] = row["f1"] < params.similarity.threshold if row["correct"] else None
-        if s:
-            row |= {"arguments": [vars(a) for a in s.generated], "reference": [vars(a) for a in s.reference],
-                    "matches": [[int(a), int(b), float(c)] for a, b, c in s.matches]}  # fmt: skip
+        row |= {"arguments": [vars(a) for a in s.generated], "reference": [vars(a) for a in s.reference],
+                "matches": [[int(a), int(b), float(c)] for a, b, c in s.matches]}  # fmt: skip
 
 
 def vote(said: list[Judgement]) -> tuple[int, Judgement, str]:
