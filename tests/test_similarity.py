@@ -24,6 +24,8 @@ PREDICATES = ["gives strong evidence", "is vague", "is well organised", "contain
 SENTENCES = [f"Response {s} {p}." for s in "AB" for p in PREDICATES] + ["Both responses are polite.", "Response A is better than Response B.", "Good grammar."]
 IRRELEVANT = ["Bananas are yellow.", "The train to Lyon leaves at noon.", "My cat sleeps on the sofa.", "Water is made of hydrogen."]
 critiques = st.lists(st.sampled_from(SENTENCES), min_size=1, max_size=5, unique=True)
+# "Good grammar." is about the response that the sentence before it names: moved or said again elsewhere it is another point
+standing = st.lists(st.sampled_from([s for s in SENTENCES if "esponse" in s]), min_size=1, max_size=5, unique=True)
 kinds = st.sampled_from(["core", "all"])
 laws = settings(max_examples=1000, deadline=None, derandomize=True)
 
@@ -54,7 +56,7 @@ def test_bounds_exchange_and_one_to_one(one, other, kind):
     assert s.f1 == pytest.approx(2 * s.precision * s.recall / (s.precision + s.recall) if s.precision + s.recall else 0)
 
 
-@given(critiques, critiques, critiques, kinds, st.randoms(use_true_random=False))
+@given(standing, standing, standing, kinds, st.randoms(use_true_random=False))
 @laws
 def test_order_does_not_matter(generated, one, other, kind, rng):
     before = similarity(" ".join(generated), [" ".join(one), " ".join(other)], kind)
@@ -72,7 +74,7 @@ def test_an_irrelevant_argument_never_raises_precision(one, other, kind, extra):
     assert after.precision <= before.precision + 1e-9
 
 
-@given(critiques, critiques, kinds, st.data(), st.integers(1, 4))
+@given(standing, critiques, kinds, st.data(), st.integers(1, 4))
 @laws
 def test_a_repeated_point_never_raises_f1(one, other, kind, data, times):
     again = [data.draw(st.sampled_from(one))] * times
