@@ -105,25 +105,28 @@ def _fresh():
     arguments.forget()
 
 
-def speed(rows: list[dict], count: int = 120) -> dict:
+def speed(rows: list[dict], count: int = 120, repeats: int = 5) -> dict:
     """Seconds of `count` rewards batched and one by one (no cache), and of matching alone (all sentences encoded)."""
+    from gpu_common import spread
+
     generated, references = [r["text"] + " " + r["claim"] for r in rows[:count]], [[r["claim"]] for r in rows[:count]]
     similarity.embed(["warm"])
-    _fresh()
-    start = time.perf_counter()
-    for g, r in zip(generated, references):
-        similarity.similarity(g, r)
-    single = time.perf_counter() - start
-    _fresh()
-    start = time.perf_counter()
-    similarity.similarity_many(generated, references)
-    batched = time.perf_counter() - start
-    start = time.perf_counter()
-    similarity.similarity_many(generated, references)
-    again = time.perf_counter() - start
+    seconds = {"one_by_one_s": [], "batched_s": [], "again": []}
+    for _ in range(repeats):
+        _fresh()
+        start = time.perf_counter()
+        for g, r in zip(generated, references):
+            similarity.similarity(g, r)
+        seconds["one_by_one_s"].append(time.perf_counter() - start)
+        _fresh()
+        for name in ("batched_s", "again"):
+            start = time.perf_counter()
+            similarity.similarity_many(generated, references)
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [one / many for one, many in zip(seconds["one_by_one_s"], seconds["batched_s"])]
     return {
-        "rewards": len(generated), "one_by_one_s": round(single, 3), "batched_s": round(batched, 3), "speedup": round(single / batched, 2),
-        "matching_ms_per_pair": round(1000 * again / len(generated), 3),
+        "rewards": len(generated), **{k: spread(seconds[k]) for k in ("one_by_one_s", "batched_s")}, "speedup": spread(ratios),
+        "matching_ms_per_pair": spread([1000 * s / len(generated) for s in seconds["again"]]),
     }  # fmt: skip
 
 
