@@ -31,6 +31,7 @@ class Argument:
     polarity: int
     core: bool = False
     members: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    bare: bool = field(default=False, compare=False, repr=False)  # a verdict without a reason: all that its critique says
 
     @property
     def supports(self) -> str | None:
@@ -431,7 +432,7 @@ def _extract(critique: str) -> tuple[Argument, ...]:
     ]  # fmt: skip
     if not any(core):
         core = [True] * len(kept)
-    return tuple(Argument(a.text, a.side, a.polarity, c, (a.text,)) for (a, _, _), c in zip(kept, core))
+    return tuple(Argument(a.text, a.side, a.polarity, c, (a.text,), a.bare) for (a, _, _), c in zip(kept, core))
 
 
 def _read(critique: str):
@@ -454,7 +455,7 @@ def _read(critique: str):
                     winner, subject = winner or who, who
                 if len(re.findall(r"[A-Za-z]{2,}", rest)) < 2:
                     if re.search(r"[A-Za-z]", sentence):
-                        bare.append(Argument(sentence, who, 1))
+                        bare.append(Argument(sentence, who, 1, bare=True))
                     continue
                 sentence = rest
             for clause in _clauses(sentence):

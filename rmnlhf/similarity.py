@@ -169,7 +169,7 @@ def match(a: Argument, b: Argument, cosine: float) -> float:
     if contradicted or (not agreement and a.side is not None and b.side is not None):
         return -meaning if meaning > 0.5 else 0.0
     worth = agreement * meaning
-    return worth if worth >= MIN_MATCH else 0.0
+    return worth if worth >= MIN_MATCH and a.bare == b.bare else 0.0  # a verdict that names no reason shares none
 
 
 def _distinct(arguments: Sequence[Argument]) -> list[Argument]:
@@ -211,6 +211,8 @@ def reference(critiques: Sequence[str | HumanCritique], backend: str = "offline"
 
 
 def _merge(per_annotator: list[list[Argument]]) -> list[Argument]:
+    if any(not a.bare for found in per_annotator for a in found):  # a verdict that names no reason is none beside reasons
+        per_annotator = [[a for a in found if not a.bare] for found in per_annotator]
     per_annotator = [_distinct(found) for found in per_annotator]
     if len(per_annotator) == 1:
         return per_annotator[0]

@@ -141,6 +141,15 @@ def test_cheating_does_not_pay(humans):
     assert everything < 0.5 * faithful
 
 
+@pytest.mark.parametrize("verdict", ["Response A is better.", "Response A is more convincing.", "Response A makes a stronger argument."])
+def test_a_verdict_that_names_no_reason_shares_none_with_reasons(verdict):
+    people = ["Response A is better written and has facts.", verdict]
+    assert similarity(verdict, people).f1 == similarity(verdict, people[:1]).f1 == 0
+    assert similarity(verdict, [verdict]).f1 == 1  # where people say no more
+    assert similarity(people[0], people).f1 == 1 and not any(a.bare for a in reference(people))
+    assert [a.bare for a in extract(verdict)] == [True] and not any(a.bare for a in extract(f"{verdict} It cites two studies."))
+
+
 def test_core_is_raised_by_two_annotators():
     shared, alone = "Response A gives strong evidence.", "Response A uses bullet points."
     merged = reference([shared + " " + alone, "Response A supports its claim with strong evidence.", "Response B is rude."])
