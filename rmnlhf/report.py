@@ -517,7 +517,7 @@ def _arms(run: Run) -> list[str]:
         first = ", ".join(f"`{a}` {online[f'{a}.first response named']:.0%}" for a in arms if online.get(f"{a}.first response named") is not None)
         out.append(f"Share of the most frequent critique among all that an arm writes: {said}. Share of verdicts for the response shown first, one half being right: {first}.")
     if (n := online.get("drift_online_better.measures")) and 2 * online["drift_online_better.mae"] < n:
-        out.append(f"On the policy's own rollouts the online MetaRM had the lower error at {online['drift_online_better.mae']} of {n} measures: the frozen one did not fall behind.")
+        out.append(f"On fresh rollouts of unseen pairs the online MetaRM had the lower error at {online['drift_online_better.mae']} of {n} measures: the frozen one did not fall behind.")
     limit = ((run.params or {}).get("benchmarks") or {}).get("max_prompt")
     if limit and (found := run.metrics.get("07_benchmarks")):
         shares = {k.split(".", 1)[1]: v for k, v in found.items() if k.startswith("prompts_cut.") and v}
@@ -583,7 +583,8 @@ def excerpt(folder: Path = KEPT) -> str:
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     return env.get_template("readme.md.j2").render(
         arms=arms, columns=columns, metrics=figures, claims=claims(run), lines=lines, show=show, shown=SHOWN, limits=limits(run, []),
-        folder=folder.relative_to(ROOT).as_posix(), paired=run.metrics["05_grpo_offline"], names=dict(zip(columns, ("f1", "f1_right", "correct", "inconsistent"))),
+        folder=folder.relative_to(ROOT).as_posix(), paired=run.metrics["05_grpo_offline"], threshold=run.params["similarity"]["threshold"],
+        names=dict(zip(columns, ("f1", "f1_right", "correct", "inconsistent"))),
     )  # fmt: skip
 
 
