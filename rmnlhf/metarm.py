@@ -516,17 +516,22 @@ class MetaRM:
         return [w for w in self.model.parameters() if w.requires_grad]
 
     def _step(self, optimizer, features, targets, groups) -> float:
+        """One optimizer step; gradients of long texts are accumulated. A ranking needs all outputs of a group at once: it is
+        differentiated by the outputs, which are computed once more for that, and its gradient goes back with the parts'."""
         optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        whole = [list(range(len(targets)))]  # a ranking needs all of a group at once; else gradients of long texts are accumulated
-        for index in whole if self.params.ranking else self.model.chunks(features):
+        total, pull = 0.0, None
+        if self.params.ranking:
+            outputs = torch.tensor(self._predict(features), dtype=torch.float32, requires_grad=True)
+            ranking = _ranking(outputs, targets, groups)
+            (pull,) = torch.autograd.grad(ranking, outputs)
+            total = ranking.item()
+        for index in self.model.chunks(features):
             output = self.model(self.model.take(features, index)) + self.offset
-            wanted = targets[index].to(output.device)
-            loss = ((output - wanted) ** 2).sum() / len(targets)
-            if self.params.ranking:
-                loss = loss + _ranking(output, wanted, [groups[i] for i in index])
-            loss.backward()
+            loss = ((output - targets[index].to(output.device)) ** 2).sum() / len(targets)
             total += loss.item()
+            if pull is not None:
+                loss = loss + (output * pull[index].to(output.device)).sum()
+            loss.backward()
         nn.utils.clip_grad_norm_(self._trainable(), 1.0)
         optimizer.step()
         return total

@@ -349,6 +349,18 @@ def test_decoder_base(P, tiny_decoder, tune, tmp_path, monkeypatch):
     parts = one.model.chunks(features)
     assert sorted(i for part in parts for i in part) == list(range(len(group))) and 2 < len(parts) < len(group) / 2  # what is shared counts once
     assert np.allclose(one.score(group), whole, atol=2e-5)
+    one.params = settings.model_copy(update={"ranking": True})  # over all of a group, whatever the parts
+    targets, names, grads = torch.arange(len(group)) / 5.0, [r["group"] for r in group], lambda: torch.cat([w.grad.flatten() for w in one._trainable()])
+    loss = one._step(torch.optim.SGD(one._trainable(), lr=0.0), features, targets, names)
+    by_parts = grads()
+    one.model.zero_grad()
+    output = one.model(features) + one.offset
+    at_once = (output - targets).square().mean() + metarm._ranking(output, targets, names)
+    at_once.backward()
+    torch.nn.utils.clip_grad_norm_(one._trainable(), 1.0)
+    assert loss == pytest.approx(at_once.item(), rel=1e-4) and (by_parts - grads()).norm() <= 1e-4 * by_parts.norm() > 0
+    one.params = settings
+    one.model.zero_grad()
     monkeypatch.undo()
     assert one.update(rows[:4]) is not None and isinstance(one.buffer, list)
     two = metarm.MetaRM.load(one.save(tmp_path / tune))
