@@ -279,22 +279,16 @@ class Trainer(GRPOTrainer):
         inputs = self._prepare_inputs(inputs)
         start, total = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
         self.engine_gap = []
-        try:
-            packs = self.packs(inputs)
+        p, packs = self.params, self.packs(inputs)
+        with policy.memory(
+            f"in the GRPO update: lower grpo.token_budget (now {p.grpo.token_budget}), then policy.max_prompt ({p.policy.max_prompt}) or "
+            f"policy.max_completion ({p.policy.max_completion}); policy.gradient_checkpointing trades a third more time for most of the memory"
+        ):
             for rows in packs:
                 part = {k: v[rows] if torch.is_tensor(v) and v.ndim and len(v) == len(inputs["advantages"]) else v for k, v in inputs.items()}
                 loss = self.pack_loss(model, part if self.packed else trimmed(part))
                 self.accelerator.backward(loss)
                 total += loss.detach()
-        except (RuntimeError, MemoryError) as e:
-            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
-                p = self.params
-                raise RuntimeError(
-                    f"out of memory in the GRPO update: lower grpo.token_budget (now {p.grpo.token_budget}), then policy.max_prompt "
-                    f"({p.policy.max_prompt}) or policy.max_completion ({p.policy.max_completion}); policy.gradient_checkpointing "
-                    "trades a third more time for most of the memory"
-                ) from e
-            raise
         if self.engine_gap:
             self._metrics["train"]["engine_gap"].append(torch.cat(self.engine_gap).mean().item())
         sizes = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
@@ -484,7 +478,10 @@ def prompts(arm: str, params, splits, seed: int) -> tuple[list[PreferencePair], 
         right = "AB"[(fingerprint(seed, "right", str(place // 2)) + place + turn) % 2]
         rows.append({"pair_id": pairs[place].id, "swap": int(pairs[place].label != right)})
     used = {r["pair_id"] for r in rows}
-    return [p for p in pairs if p.id in used], rows
+    drawn = [p for p in pairs if p.id in used]
+    if arm != "outcome" and not any(p.agreeing for p in drawn):
+        log.warning("arm %s: none of the %d pairs that this run draws has a human critique; grpo.steps × grpo.prompts is small", arm, len(drawn))
+    return drawn, rows
 
 
 def arguments(params, run: Path, seed: int) -> GRPOConfig:

@@ -31,7 +31,7 @@ from .arguments import mask_sides
 from .grm import CUT, Judgement, parse_judgement
 from .live import Live
 from .pairs import OTHER, PreferencePair, code, fingerprint, read_rows, swap_sides, write_jsonl
-from .policy import PACKAGED, free, mixed_precision, prepare
+from .policy import PACKAGED, free, memory, mixed_precision, prepare
 
 log = logging.getLogger(__name__)
 TOKENS = 8192  # of one forward of a sequence regressor; with LoRA 60 bytes × layers × hidden × tokens, with gradient checkpointing 2
@@ -59,10 +59,11 @@ def target(judgement: Judgement, label: str, process: float | None, params) -> f
     return None if np.isnan(found) else found
 
 
-def from_rollouts(pairs: Sequence[PreferencePair], completions, swaps, params, judge=None) -> list[dict]:
+def from_rollouts(pairs: Sequence[PreferencePair], completions, swaps, params, judge=None, max_missing: float | None = None) -> list[dict]:
     """Rows with targets from a policy's completions (P lists of N `Completion`) on pairs with human critiques.
 
-    Format errors are left out, wrong verdicts kept. Raises ValueError where no pair has a critique to compare with."""
+    Format errors are left out, wrong verdicts kept. Raises ValueError where no pair has a critique to compare with, or more than
+    `max_missing` (None: reward.max_missing) of the process rewards are missing."""
     if not any(p.agreeing for p in pairs):
         raise ValueError(
             f"none of {len(pairs)} pairs has a human critique that agrees with its label: MetaRM has nothing to learn from; "
@@ -74,7 +75,7 @@ def from_rollouts(pairs: Sequence[PreferencePair], completions, swaps, params, j
     ]  # fmt: skip
     said = [s for s in said if not s[3].error]
     process = _process([s[3].critique for s in said], [[c.text for c in s[0].agreeing] for s in said], params, judge)
-    rewards.check_process_rows(pairs, process, params.reward.max_missing)
+    rewards.check_process_rows(pairs, process, params.reward.max_missing if max_missing is None else max_missing)
     rows = [row(p, swap, j.critique, target(j, shown.label, f1, params)) for (shown, p, swap, j), f1 in zip(said, process)]
     return [r for r in rows if r["target"] is not None]
 
@@ -525,13 +526,14 @@ class MetaRM:
             ranking = _ranking(outputs, targets, groups)
             (pull,) = torch.autograd.grad(ranking, outputs)
             total = ranking.item()
-        for index in self.model.chunks(features):
-            output = self.model(self.model.take(features, index)) + self.offset
-            loss = ((output - targets[index].to(output.device)) ** 2).sum() / len(targets)
-            total += loss.item()
-            if pull is not None:
-                loss = loss + (output * pull[index].to(output.device)).sum()
-            loss.backward()
+        with memory(f"in MetaRM's update: {self._lower()}"):
+            for index in self.model.chunks(features):
+                output = self.model(self.model.take(features, index)) + self.offset
+                loss = ((output - targets[index].to(output.device)) ** 2).sum() / len(targets)
+                total += loss.item()
+                if pull is not None:
+                    loss = loss + (output * pull[index].to(output.device)).sum()
+                loss.backward()
         nn.utils.clip_grad_norm_(self._trainable(), 1.0)
         optimizer.step()
         return total
@@ -548,9 +550,14 @@ class MetaRM:
     @torch.no_grad()
     def _predict(self, features) -> np.ndarray:
         out = np.zeros(len(features))
-        for index in self.model.chunks(features):
-            out[index] = self.model(self.model.take(features, index)).cpu().double().numpy()
+        with memory(f"while MetaRM scores: {self._lower()}"):
+            for index in self.model.chunks(features):
+                out[index] = self.model(self.model.take(features, index)).cpu().double().numpy()
         return out + self.offset
+
+    def _lower(self) -> str:
+        p = self.params
+        return f"lower metarm.max_length (now {p.max_length}), or take metarm.base: minilm with metarm.tune: head (now {p.base}, {p.tune})"
 
     def _remember(self, features, targets):
         """Reservoir sampling: the buffer is a fair sample of all rows ever seen, the cold start's too."""
@@ -740,7 +747,8 @@ class Drift:
         done = engine.generate(
             prompts, 4, p.policy.max_completion, p.rollout.temperature, p.rollout.top_p, p.seed * 1_000_003 + step, p.rollout.batch
         )
-        line = {"step": step, **drift(self.frozen, online, from_rollouts(self.pairs, done, swaps, p, self.judge))}
+        rows = from_rollouts(self.pairs, done, swaps, p, self.judge, max_missing=1.0)  # a judge that fails here costs a measure, not the run
+        line = {"step": step, **drift(self.frozen, online, rows)}
         alarm = not line["online_rho"] >= p.metarm.drift_alarm
         line["alarm"] = bool(alarm)
         if alarm:

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -195,6 +195,17 @@ def start(params) -> Path | None:
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"{folder}: no cold-start adapter; run 03_cold_start (dvc repro 03_cold_start), or set cold_start.enabled=false")
     return folder
+
+
+@contextmanager
+def memory(advice: str):
+    """What runs out of memory in here says so, and what to lower: RuntimeError("out of memory " + advice)."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
+            raise RuntimeError(f"out of memory {advice}") from e
+        raise
 
 
 def mixed_precision(model):

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 
-from .policy import free, merged_weights
+from .policy import free, memory, merged_weights
 
 log = logging.getLogger(__name__)
 ATTENTION = "rmnlhf_decode"
@@ -188,20 +188,15 @@ class TransformersEngine:
         size = max(1, batch // n)
         training = self.model.training
         self.model.eval()
+        lower = f"lower rollout.batch ({batch}), policy.max_completion ({max_new_tokens}) or policy.max_prompt"
         try:
-            for start in tqdm(range(0, len(order), size), "rollouts", disable=not progress):
-                part = order[start : start + size]
-                with torch.inference_mode() if self.copied else nullcontext():  # else it is the model that trains
-                    rows = self._decode([prompts[i] for i in part], [uniform[i] for i in part], n, max_new_tokens, temperature, top_p)
-                for g, i in enumerate(part):
-                    out[i] = rows[g * n : (g + 1) * n]
-        except (RuntimeError, MemoryError) as e:
-            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
-                raise RuntimeError(
-                    f"out of memory while decoding {size * n} sequences: lower rollout.batch ({batch}), policy.max_completion "
-                    f"({max_new_tokens}) or policy.max_prompt"
-                ) from e
-            raise
+            with memory(f"while decoding {size * n} sequences: {lower}"):
+                for start in tqdm(range(0, len(order), size), "rollouts", disable=not progress):
+                    part = order[start : start + size]
+                    with torch.inference_mode() if self.copied else nullcontext():  # else it is the model that trains
+                        rows = self._decode([prompts[i] for i in part], [uniform[i] for i in part], n, max_new_tokens, temperature, top_p)
+                    for g, i in enumerate(part):
+                        out[i] = rows[g * n : (g + 1) * n]
         finally:
             self.model.train(training)
         return out

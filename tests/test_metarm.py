@@ -450,3 +450,13 @@ def test_extra_rows_are_learnt_but_not_replayed_and_set_no_level(P):
     assert one.buffer_targets.tolist() == [r["target"] for r in rows] and one.seen == len(rows)
     assert one.score(rows).mean() == pytest.approx(np.mean([r["target"] for r in rows]), abs=1e-4)
     assert not np.allclose(one.score(rows), alone.score(rows), atol=1e-4)
+
+
+def test_out_of_memory_says_what_to_lower(fitted, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(metarm.Head, "forward", full)
+    for call, what in ((fitted.score, "while MetaRM scores"), (fitted.update, "in MetaRM's update")):
+        with pytest.raises(RuntimeError, match=f"out of memory {what}: lower metarm.max_length .*metarm.base: minilm"):
+            call(judged([make(1)]))
