@@ -120,7 +120,8 @@ def batch(s, where: str, equal: bool = True) -> dict:
 
 def trainer(model, s, packed: bool | None, folder: str):
     """Our trainer (None: padded, as models that `shared_prefix.prepare` refuses are trained), or trl's own as a user would write it
-    (False); both take the batch that they are given in `training_step`."""
+    (False; bf16 weights under autocast, trl's default); both take the batch that they are given in `training_step`."""
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -129,7 +130,8 @@ def trainer(model, s, packed: bool | None, folder: str):
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     args = GRPOConfig(
         output_dir=folder, per_device_train_batch_size=s.N, num_generations=s.N, max_completion_length=s.C, steps_per_generation=1, beta=0.0,
-        loss_type="dapo", bf16=False, use_cpu=model.device.type == "cpu", report_to=[], gradient_checkpointing=False, temperature=1.0,
+        loss_type="dapo", bf16=packed is False and base.dtype == torch.bfloat16, use_cpu=model.device.type == "cpu", report_to=[],
+        gradient_checkpointing=False, temperature=1.0,
     )  # fmt: skip
     data, tok = Dataset.from_list([{"prompt": "x"}] * s.N), tokenizer()
     if packed is not False:

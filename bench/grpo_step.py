@@ -63,6 +63,7 @@ def run(kind: str, settings, steps: int):
     dataset = Dataset.from_list(rows)
     if kind == "trl":
         args.beta = settings.grpo.beta
+        args.bf16, args.mixed_precision = True, "bf16"  # trl's default; our own trainer has a narrower context (policy.mixed_precision)
 
         class Trainer(GRPOTrainer):
             def _tokenize_prompts(self, prompts):
