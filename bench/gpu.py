@@ -1,4 +1,5 @@
-"""One GRPO step of a 7B policy by each backend, in one run: ours with Transformers' or vLLM's rollouts, Unsloth's own path, plain trl.
+"""One GRPO step of a 7B policy by each backend, in one run: ours with Transformers' or vLLM's rollouts, ours on Unsloth's kernels
+(prompts padded, vLLM's rollouts where it is installed), plain trl.
 
     python bench/gpu.py                                   # bench/results/gpu.json, or $OUT/gpu.json
     python bench/gpu.py --backend trl --prompt 1000       # one case, one JSON line
@@ -25,9 +26,6 @@ ASKED.add_argument("--backend", choices=BACKENDS)
 ASKED.add_argument("--prompt", type=int, default=0, help="tokens of the prompt; without CUDA a 20th of it")
 ASKED.add_argument("--base", help="folder with the weights for vLLM and Unsloth, which load no model from memory")
 
-if __name__ == "__main__" and "unsloth" in sys.argv and importlib.util.find_spec("unsloth"):
-    import unsloth  # noqa: F401  # before anything imports Transformers
-
 # isort: off
 from gpu_common import (
     alone, attempt, batch, build, device, drawing, header, machine, report, setting, small_params, timed, tokenizer, trainer, update, useful_flop,
@@ -42,9 +40,7 @@ def policy(backend: str, s, base: str | None):
 
     if backend not in LOADED:
         return build(s.size, torch.bfloat16, s.rank, checkpointing=True), None
-    if backend == "unsloth":
-        import unsloth  # noqa: F401
-
+    from rmnlhf import grpo  # noqa: F401  # trl first, as in a notebook: Unsloth then leaves its trainers alone
     from rmnlhf import policy as loader
 
     params = small_params(base, **{
@@ -57,10 +53,12 @@ def policy(backend: str, s, base: str | None):
 
 def case(backend: str, s, base: str | None) -> dict:
     rate, (model, params) = machine(s), policy(backend, s, base)
-    made = timed(drawing(backend, model, s, params), max(1, s.repeats // 2))
+    engine = "vllm" if backend == "unsloth" and importlib.util.find_spec("vllm") else backend  # Unsloth's models fill no cache of ours
+    made = timed(drawing(engine, model, s, params), max(1, s.repeats // 2))
     with tempfile.TemporaryDirectory() as folder:
         model.train()
-        done = update(trainer(model, s, backend in ("transformers", "vllm"), folder), batch(s, model.device), s.repeats)
+        packed = {"trl": False, "unsloth": None}.get(backend, True)  # Unsloth's forward knows no shared prefix
+        done = update(trainer(model, s, packed, folder), batch(s, model.device), s.repeats)
     flop, tokens = useful_flop(model, s), s.N * s.C / made["seconds"]
     read = sum(w.nbytes for n, w in model.named_parameters() if "lora_" not in n)
     return {

@@ -666,7 +666,8 @@ def main():
     from .params import load
 
     os.environ.pop("RMNLHF_LAUNCH", None)
-    train(args.arm, load(args.params), args.seed, run=args.folder)
+    run = train(args.arm, load(args.params), args.seed, run=args.folder)
+    print(judge.record(f"{run.name}_{PartialState().process_index}"))  # beside the notebook's own file: what each process has asked
 
 
 if __name__ == "__main__":

@@ -370,7 +370,10 @@ class Judge:
         from vllm.sampling_params import StructuredOutputsParams
 
         if self._engine is None:
-            self._engine = LLM(model=self.params.model, seed=0, gpu_memory_utilization=VLLM_MEMORY)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise JudgeError("judge.kind vllm would start a model in each of several processes, all on the first card: serve it, and set judge.kind: endpoint (README, GPU)")
+            name, _, commit = self.params.model.partition("@")
+            self._engine = LLM(model=name, revision=commit or None, seed=0, gpu_memory_utilization=VLLM_MEMORY)
         tok, longest = self._engine.get_tokenizer(), self._engine.llm_engine.model_config.max_model_len
         sampling = SamplingParams(
             temperature=0.0, max_tokens=self.params.answer_tokens, structured_outputs=StructuredOutputsParams(json=schema)

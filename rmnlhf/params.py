@@ -176,6 +176,7 @@ class Downstream(Section):
     candidates: Annotated[int, Field(ge=2)]
     questions: Positive
     steps: Positive
+    max_completion: Positive
 
 
 class Params(Section):
@@ -346,7 +347,7 @@ def _installed(params: Params):
     unsloth, engine = params.policy.backend == "unsloth", params.rollout.engine
     needs = {
         "policy.backend: unsloth": ("unsloth",) * unsloth + ("vllm",) * (unsloth and engine != "server"),
-        "rollout.engine: vllm": ("vllm",) * (engine == "vllm"),
+        f"rollout.engine: {engine}": ("vllm",) * (engine in ("vllm", "server")),  # trl's client of a server imports it too
         "judge.kind: vllm": ("vllm",) * (params.similarity.backend == "llm" and params.judge.kind == "vllm" and not params.judge.replay_only),
     }
     for key, names in needs.items():

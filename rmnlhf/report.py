@@ -227,8 +227,10 @@ def claims(run: Run, path: Path = TEMPLATES / "claims.yaml") -> list[dict]:
     generated = run.source == "controlled"
     out = []
     for claim in yaml.safe_load(path.read_text(encoding="utf-8")):
-        stage, key = claim.get("stage"), claim.get("key")
-        metrics = run.metrics.get(stage) or {}
+        stage, metrics = claim.get("stage"), run.metrics.get(claim.get("stage")) or {}
+        if claim.get("key") not in metrics and claim.get("or_key") in metrics:
+            claim = {**claim, "key": claim["or_key"]}
+        key = claim.get("key")
         value = metrics.get(key)
         word, why = judge(claim, value, stage in run.metrics, generated, metrics.get(f"{key}.groups"))
         for other, wanted in claim.get("where", {}).items():  # the figure means what the claim says only then
@@ -466,7 +468,7 @@ def limits(run: Run, found: list[dict]) -> list[str]:
         )
     out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
     out += _arms(run)
-    groups = run.metrics.get("01_diagnosis", {}).get("inconsistency.cold_start.unseen.groups")
+    groups = next((run.metrics.get(c["stage"], {}).get(f"{c['key']}.groups") for c in found if c["id"] == "inconsistency"), None)
     if groups is not None and groups < MIN_GROUPS:
         out.append(f"The rates of 01 draw groups, here {groups}: too few for their intervals to be trusted.")
     if p.get("grpo"):

@@ -96,7 +96,12 @@ def engine(model, tokenizer, params):
 def _served(model, params) -> tuple:
     """What vLLM is started for."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    return getattr(base.config, "_name_or_path", ""), params.policy.revision, params.policy.max_prompt + params.policy.max_completion
+    return getattr(base.config, "_name_or_path", ""), params.policy.revision, _longest(params)
+
+
+def _longest(params) -> int:
+    """Tokens of the longest prompt with its completion; benchmarks may have a limit of their own."""
+    return max(params.policy.max_prompt, params.benchmarks.max_prompt or 0) + params.policy.max_completion
 
 
 def chosen(model, params) -> str:
@@ -534,7 +539,7 @@ class VllmEngine:
         commit = params.policy.revision if name == params.policy.model else getattr(base.config, "_commit_hash", None)
         self.llm = LLM(
             model=name, revision=commit, dtype="bfloat16", enforce_eager=self.cpu, seed=params.seed,
-            max_model_len=params.policy.max_prompt + params.policy.max_completion, gpu_memory_utilization=params.rollout.gpu_memory,
+            max_model_len=_longest(params), gpu_memory_utilization=params.rollout.gpu_memory,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, enable_sleep_mode=not self.cpu,
         )  # fmt: skip
         self.asleep: list[str] = []  # parts of its memory

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -318,5 +319,7 @@ def prepare(model) -> bool:
         model.train(training)
     if reason:
         base.set_attn_implementation(before)
+        if model.device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+            raise RuntimeError("flex attention is compiled here and no C compiler is found: apt-get install gcc python3-dev, or grpo.shared_prefix=false, several times slower")
         log.warning("shared-prefix forward not used for %s (%s): padded instead", type(base).__name__, reason)
     return reason is None

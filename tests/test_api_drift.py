@@ -27,7 +27,7 @@ CLIENT = "trl.generation.vllm_client.VLLMClient"  # `self.client` in a file that
 MUST = {"unsloth": {"from_pretrained", "get_peft_model"}, "vllm": {"LLM", "SamplingParams", "generate"}}  # calls that the collector has to see
 VLLM_METHODS = {"collective_rpc", "reset_prefix_cache", "sleep", "wake_up", "get_tokenizer", "chat"}
 # a keyword argument that a **kwargs passes on: where it must be known in the end
-PASSED_ON = {"vllm.LLM": "EngineArgs"}
+PASSED_ON = {"vllm.LLM": "EngineArgs", "vllm.Worker.reload_weights": "GPUModelRunner.reload_weights"}
 HUB = {"revision", "gguf_file", "subfolder", "cache_dir", "token", "local_files_only"}  # from_pretrained hands these on to the hub's loader
 
 

@@ -35,7 +35,11 @@ def test_readme_names_each_policy_of_the_profile():
     assert {row[1].strip("`") for row in ROWS} == set(SHAPES) and {row[0] for row in ROWS} == {"16", "24", "80", "141"}
     P = params.load(ROOT / "params.yaml", "gpu", ["policy.model=Qwen/Qwen3-8B", "policy.revision=COMMIT"])
     assert (P.policy.model, P.policy.revision) == ("Qwen/Qwen3-8B", "COMMIT")
-    assert 'make gpu SET="policy.model=Qwen/Qwen3-8B policy.revision=COMMIT"' in SECTION
+    (said,) = re.findall(r'`make gpu SET="([^"]+)"`', SECTION)
+    assert params.load(ROOT / "params.yaml", "gpu", said.split()).policy.model == "Qwen/Qwen3-8B"
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    commits = {model: re.findall(rf"{model}\s+(?:revision: )?([0-9a-f]{{40}})\b", text) for model in SHAPES}  # of each policy of the table
+    assert all(len(found) == 1 for found in commits.values()) and f"policy.revision={commits['Qwen/Qwen3-8B'][0]}" in said.split()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}")

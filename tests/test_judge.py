@@ -428,10 +428,11 @@ def test_local_vllm(judge, monkeypatch):
     """The vLLM path with the package replaced by its interface (tried by hand on the CPU build of vllm 0.30.0 with SmolLM2)."""
     import types
 
-    calls = []
+    calls, started = [], []
 
     class LLM:
         def __init__(self, **kw):
+            started.append((kw["model"], kw["revision"]))
             self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=60))
 
         def get_tokenizer(self):
@@ -465,6 +466,12 @@ def test_local_vllm(judge, monkeypatch):
     with pytest.raises(BudgetError):
         judge(kind="vllm", max_calls=2, cache=j.params.cache + "2").ask(talks(4, 10), SCHEMA)
     assert calls[-1][0] == 2, "what the budget holds is asked and kept"
+    judge(kind="vllm", model="org/model@abc", cache=j.params.cache + "3").ask(talks(1), SCHEMA)
+    assert started[-1] == ("org/model", "abc") and started[0][1] is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(JudgeError, match="each of several processes.*judge.kind: endpoint"):
+        judge(kind="vllm", cache=j.params.cache + "4").ask(talks(1), SCHEMA)
+    assert len(started) == 3
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def test_the_rehearsal_of_profile_gpu_is_the_profile_in_small(tmp_path, monkeypa
 @pytest.mark.parametrize("setting, lacking", [
     ("policy.backend=unsloth policy.revision=c metarm.base=minilm metarm.tune=head", "policy.backend: unsloth needs unsloth and vllm"),
     ("policy.backend=unsloth policy.revision=c metarm.base=minilm metarm.tune=head rollout.engine=server", "policy.backend: unsloth needs unsloth,"),
-    ("rollout.engine=vllm", "rollout.engine: vllm needs vllm"), ("judge.kind=vllm", "judge.kind: vllm needs vllm"), ("", None),
+    ("rollout.engine=vllm", "rollout.engine: vllm needs vllm"), ("rollout.engine=server", "rollout.engine: server needs vllm"), ("judge.kind=vllm", "judge.kind: vllm needs vllm"), ("", None),
 ])  # fmt: skip
 def test_a_package_that_lacks_is_told_at_the_start(tmp_path, monkeypatch, setting, lacking):
     monkeypatch.chdir(tmp_path)

@@ -210,7 +210,7 @@ ON_A_LAPTOP = (
     "cold_start.adapter=adapters/ukpconvarg data.max_train=60 data.max_eval=12 metarm.pairs=6 metarm.rollouts_per_pair=2 metarm.batch=8 "
     "metarm.max_length=400 metarm.epochs=1 metarm.drift_every=1 metarm.drift_pairs=2 grpo.steps=1 grpo.prompts=2 grpo.group=2 "
     "evaluation.pairs=2 evaluation.bootstrap=200 benchmarks.rows=4 benchmarks.arm_rows=1 benchmarks.judges=[online] downstream.candidates=2 "
-    "downstream.questions=1 downstream.steps=1"
+    "downstream.questions=1 downstream.steps=1 downstream.max_completion=24"
 )
 
 

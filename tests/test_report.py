@@ -154,6 +154,30 @@ def test_a_figure_that_means_something_else_tests_nothing(tmp_path):
     assert claim["why"] == claim["where_text"]
 
 
+@pytest.mark.parametrize("start", ["cold_start", "zero_shot"])
+def test_the_rate_is_of_the_policy_that_training_starts_from(start, tmp_path):
+    """Profile gpu has no cold start: there the rate of the untrained policy answers the paper's claim."""
+    (tmp_path / "metrics").mkdir()
+    rates = {"zero_shot": {"unseen": figure(0.1, 0.05, 0.2) | {"groups": 40}}, start: {"unseen": figure(0.4, 0.3, 0.5) | {"groups": 12}}}
+    metrics = {"inconsistency": rates, "measure_separates": {"unseen": True}}
+    (tmp_path / "metrics/01_diagnosis.json").write_text(json.dumps(metrics))
+    run = report.collect(tmp_path)
+    [claim] = [c for c in report.claims(run) if c["id"] == "inconsistency"]
+    assert (claim["key"], claim["value"]["mean"], claim["word"]) == (f"inconsistency.{start}.unseen", 0.4, "reproduced")
+    metrics["inconsistency"][start]["unseen"]["groups"] = 4
+    (tmp_path / "metrics/01_diagnosis.json").write_text(json.dumps(metrics))
+    run = report.collect(tmp_path)
+    assert any("draw groups, here 4" in line for line in report.limits(run, report.claims(run)))
+
+
+def test_the_time_of_a_run_says_what_was_there_before_it(tmp_path):
+    (tmp_path / "timings").mkdir()
+    for name, kept in (("00_data", 1234), ("01_diagnosis", 5000)):
+        (tmp_path / f"timings/{name}.json").write_text(json.dumps({"notebook": name, "seconds": 90.0, "kept_answers": kept}))
+    said = {a: b for a, b, _ in report.provenance(report.collect(tmp_path))}["Time of the stages"]
+    assert said.startswith("3 min") and said.endswith("1,234 answers of models being in .cache from earlier runs")
+
+
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 500))
 def test_reproduced_means_the_interval_clears_the_bound(mean, below, above, n):
     value = figure(mean, mean - below, mean + above, n)

@@ -289,6 +289,7 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
     engine.generate([[3]], 2, 8, 0.7)
     assert woken[2:] == [["kv_cache"]]
     assert vllm["options"]["max_model_len"] == 168 and vllm["options"]["gpu_memory_utilization"] == 0.6
+    assert rollout._longest(tiny.settings(**{"benchmarks.max_prompt": 300})) == 308  # benchmarks may have longer prompts
 
 
 def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenizer, monkeypatch, caplog):
