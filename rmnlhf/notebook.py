@@ -1,7 +1,6 @@
 """Run one numbered notebook headless, as a DVC stage does: `python -m rmnlhf.notebook 02_core_similarity`.
 
-papermill executes it; the executed copy and its HTML land in results/notebooks/, after a failure too; in results/timings/ its
-seconds, and how many answers of models .cache held when it began.
+papermill executes it; the executed copy and its HTML land in results/notebooks/, after a failure too.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
         old.unlink()  # of a former run, perhaps of another profile
     shutil.rmtree(Path("results/judgements") / number, ignore_errors=True)
     os.environ |= {"RMNLHF_HEADLESS": "1", "TQDM_MININTERVAL": os.environ.get("TQDM_MININTERVAL", "20")}  # progress as lines of the log
-    kept = sum(file.read_bytes().count(b"\n") for file in Path(".cache").glob("*/*.jsonl"))
     start = time.time()
     try:
         papermill.execute_notebook(
@@ -50,7 +48,7 @@ def run(name: str, params_file: str = "results/params.yaml", out: str | Path = "
             html.write_text(HTMLExporter().from_notebook_node(_without_progress(nbformat.read(executed, 4)))[0], encoding="utf-8")
     timing = Path("results/timings") / f"{name}.json"
     timing.parent.mkdir(parents=True, exist_ok=True)
-    timing.write_text(json.dumps({"notebook": name, "seconds": round(time.time() - start, 1), "kept_answers": kept}) + "\n")
+    timing.write_text(json.dumps({"notebook": name, "seconds": round(time.time() - start, 1)}) + "\n")
     return html
 
 

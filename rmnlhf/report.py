@@ -292,9 +292,7 @@ def provenance(run: Run) -> list[tuple[str, str, str]]:
         ("Machine", machine(), "when the report was made"),
     ]  # fmt: skip
     if seconds := [t["seconds"] for t in run.timings.values() if isinstance(t.get("seconds"), (int, float))]:
-        kept = run.timings.get("00_data", {}).get("kept_answers")  # of the earlier runs, whose judgements and rollouts are not drawn anew
-        said = f", {kept:,} answers of models being in .cache from earlier runs" if kept else ""
-        rows.append(("Time of the stages", duration(sum(seconds)) + said, "timings/*.json › seconds, kept_answers"))
+        rows.append(("Time of the stages", duration(sum(seconds)), "timings/*.json › seconds"))
     if step := run.timings.get("06_step"):
         said = f"{step['with_metarm_over_without']:.3f} times one without; process rewards {step['process_share']:.1%} of it"
         rows.append(("A step with the online MetaRM", said, "timings/06_step.json, medians of arm online"))

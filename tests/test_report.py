@@ -170,14 +170,6 @@ def test_the_rate_is_of_the_policy_that_training_starts_from(start, tmp_path):
     assert any("draw groups, here 4" in line for line in report.limits(run, report.claims(run)))
 
 
-def test_the_time_of_a_run_says_what_was_there_before_it(tmp_path):
-    (tmp_path / "timings").mkdir()
-    for name, kept in (("00_data", 1234), ("01_diagnosis", 5000)):
-        (tmp_path / f"timings/{name}.json").write_text(json.dumps({"notebook": name, "seconds": 90.0, "kept_answers": kept}))
-    said = {a: b for a, b, _ in report.provenance(report.collect(tmp_path))}["Time of the stages"]
-    assert said.startswith("3 min") and said.endswith("1,234 answers of models being in .cache from earlier runs")
-
-
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 500))
 def test_reproduced_means_the_interval_clears_the_bound(mean, below, above, n):
     value = figure(mean, mean - below, mean + above, n)
