@@ -112,19 +112,22 @@ def main():
                 raise SystemExit(f"{k} tokens, expected {len(ask) * n * args.tokens}")
             return spent
 
-        shared, separate, batched = [], [], []
+        shared, separate, together, batched = [], [], [], []
         for i in range(args.repeats + 1):  # the first round warms up
             one = seconds(prompts[:1], args.group)
             eight = sum(seconds(prompts[:1], 1) for _ in range(args.group))
+            beside = seconds(prompts[:1] * args.group, 1)  # as many requests decoded together, each with its own copy of the prompt
             four = seconds(prompts, args.group)
             if i:
                 shared.append(one)
                 separate.append(eight)
+                together.append(beside)
                 batched.append(four)
         name = str(dtype).removeprefix("torch.")
         tokens = args.group * args.tokens
         result[name] = {
             "separate_over_shared": spread([a / b for a, b in zip(separate, shared)]),
+            "together_over_shared": spread([a / b for a, b in zip(together, shared)]),
             "tokens_per_second_shared": spread([tokens / s for s in shared]), "tokens_per_second_separate": spread([tokens / s for s in separate]),
             "tokens_per_second_batched": spread([4 * tokens / s for s in batched]),
         }  # fmt: skip

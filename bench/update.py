@@ -126,12 +126,14 @@ def main():
         update(t, inputs, args.peak == "ours")
         print(resident("VmHWM") - before)
         return
-    t = trainer("float32", tmp, 10**6)
-    update(t, inputs, True)
-    ours = gradient(t)
-    update(t, inputs, False)
-    wanted = gradient(t)
+    exact = trainer("float32", tmp, 10**6)
+    update(exact, inputs, True)
+    ours = gradient(exact)
+    update(exact, inputs, False)
+    wanted = gradient(exact)
     difference = ((ours - wanted).norm() / wanted.norm()).item()
+    flop = useful(exact, args.prompt, args.completion, args.group)
+    in_fp32 = [flop / update(exact, inputs, True) / matmul_rate(torch.float32) for _ in range(args.repeats)]  # where no matrix unit sets the rate
     t = trainer(args.dtype, tmp, 10**6)
     times, rates = {True: [], False: []}, []
     for i in range(args.repeats + 1):  # the first round warms up
@@ -141,14 +143,13 @@ def main():
                 times[packed].append(s)
         rates.append(matmul_rate(t.model.get_base_model().dtype))
     ratios = [a / b for a, b in zip(times[False], times[True])]
-    flop = useful(t, args.prompt, args.completion, args.group)
     shares = [flop / s / r for s, r in zip(times[True], rates[1:])]
-    memory = {packed: [peak(args, args.dtype, packed) for _ in range(3)] for packed in (True, False)}
+    memory = {packed: [peak(args, args.dtype, packed) for _ in range(args.repeats)] for packed in (True, False)}
     result = {
         "bench": "update", "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": args.dtype,
         "model": "smollm2-135m", "P": args.prompt, "C": args.completion, "N": args.group, "gradient_relative_difference_fp32": difference,
         "seconds_trl": spread(times[False]), "seconds_ours": spread(times[True]), "trl_over_ours": spread(ratios),
-        "useful_flop_share": spread(shares), "matmul_gflops": spread([r / 1e9 for r in rates[1:]]),
+        "useful_flop_share": spread(shares), "useful_flop_share_fp32": spread(in_fp32), "matmul_gflops": spread([r / 1e9 for r in rates[1:]]),
         "peak_mib_trl": spread(memory[False]), "peak_mib_ours": spread(memory[True]),
         "peak_ours_over_trl": round(median(memory[True]) / median(memory[False]), 3),
     }  # fmt: skip
