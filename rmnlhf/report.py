@@ -464,7 +464,16 @@ def limits(run: Run, found: list[dict]) -> list[str]:
             f"{p['grpo']['group']} rollouts. The paper trains 7B and 32B models on 256 × 8 rollouts a step: absolute figures do "
             "not compare, directions may not carry over."
         )
-    out.append("Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more.")
+    compared = {
+        "`human` − `cold_start`": ("05_grpo_offline", "paired.human_minus_cold_start.f1"), "`human` − `outcome`": ("05_grpo_offline", "paired.human_minus_outcome.f1"),
+        "`online` − `outcome`": ("06_grpo_online", "online_over_outcome"),
+    }  # fmt: skip
+    found_in = {what: (run.metrics.get(stage, {}), key) for what, (stage, key) in compared.items()}
+    said = ", ".join(f"{what} in {m[f'{k}.groups_above']} of {m[f'{k}.of_groups']}" for what, (m, k) in found_in.items() if f"{k}.of_groups" in m)
+    out.append(
+        "Intervals of the arms (03 to 06) draw pairs, not debates: they speak of these debates; others may differ by more."
+        + (f" Debates in which the difference in core-F1 lies above 0: {said}." if said else "")
+    )
     out += _arms(run)
     groups = next((run.metrics.get(c["stage"], {}).get(f"{c['key']}.groups") for c in found if c["id"] == "inconsistency"), None)
     if groups is not None and groups < MIN_GROUPS:

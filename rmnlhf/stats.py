@@ -90,9 +90,12 @@ def paired(a, b, groups=None, n: int = 2000, level: float = 0.95, seed: int = 0)
 
 def over(judged, arm: str, other: str, column: str, n: int = 2000) -> dict:
     """{mean, low, high, p, n} of `column` in one arm less the other, pair by pair (column id); orders and seeds are averaged within a
-    pair. judged: rows of `runner.evaluate` with a column arm."""
+    pair. The interval draws pairs; beside it, of how many groups (debates) the pairs are, and in how many the difference lies above 0:
+    {of_groups, groups_above}. judged: rows of `runner.evaluate` with a column arm."""
     both = judged.pivot_table(index="id", columns="arm", values=column, aggfunc="mean").reindex(columns=[arm, other]).dropna()
-    return dict(zip(("mean", "low", "high", "p"), paired(both[arm], both[other], both.index, n)), n=len(both))
+    out = dict(zip(("mean", "low", "high", "p"), paired(both[arm], both[other], both.index, n)), n=len(both))
+    by_group = (both[arm] - both[other]).groupby(judged.groupby("id")["group"].first()).mean()
+    return out | {"of_groups": len(by_group), "groups_above": int((by_group > 0).sum())}
 
 
 def habits(judged) -> dict:

@@ -512,6 +512,17 @@ def test_the_limits_say_when_the_human_arm_is_no_upper_bound():
     assert "critique of 7 of the 9 hidden pairs" in said(7) and "upper bound" not in said(0)
 
 
+def test_the_limits_say_in_how_many_debates_a_difference_holds(tmp_path):
+    row = figure(0.05, 0.01, 0.09)
+    assert not any("lies above 0:" in line for line in report.limits(report.collect(tmp_path), []))
+    (tmp_path / "metrics").mkdir()
+    paired = {"human_minus_outcome": {"f1": row | {"of_groups": 5, "groups_above": 4}}, "human_minus_cold_start": {"f1": row}}
+    (tmp_path / "metrics/05_grpo_offline.json").write_text(json.dumps({"paired": paired}))
+    (tmp_path / "metrics/06_grpo_online.json").write_text(json.dumps({"online_over_outcome": row | {"of_groups": 5, "groups_above": 2, "verdict accuracy": row}}))
+    [line] = [x for x in report.limits(report.collect(tmp_path), []) if "lies above 0:" in x]
+    assert line.endswith("above 0: `human` − `outcome` in 4 of 5, `online` − `outcome` in 2 of 5.")
+
+
 def test_the_limits_say_when_one_sentence_earns_more_than_people(tmp_path):
     folder = make_results(tmp_path / "results")
     paid = {"paid/stock_reason": {"mean": 0.4, "low": 0.37, "high": 0.43, "n": 90}, "paid/annotator_of_the_pair": {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 90}}

@@ -116,8 +116,11 @@ def test_a_table_as_the_tree_of_a_metrics_file():
 def test_over_is_one_arm_less_the_other_pair_by_pair():
     rows = [("p", "x", 1.0), ("p", "x", 0.0), ("p", "x", 1.0), ("p", "x", 1.0), ("p", "y", 0.25), ("q", "x", 0.5), ("q", "y", np.nan),
             ("r", "y", 1.0), ("s", "x", 0.2), ("s", "y", 0.1)]  # fmt: skip
-    found = stats.over(pd.DataFrame(rows, columns=["id", "arm", "f1"]), "x", "y", "f1", n=50)
-    assert found["n"] == 2 and found["mean"] == pytest.approx(0.3)
+    judged = pd.DataFrame(rows, columns=["id", "arm", "f1"])
+    found = stats.over(judged.assign(group="g"), "x", "y", "f1", n=50)
+    assert found["n"] == 2 and found["mean"] == pytest.approx(0.3) and (found["of_groups"], found["groups_above"]) == (1, 1)
+    found = stats.over(judged.assign(group=judged["id"]), "y", "x", "f1", n=50)  # p and s alone have both
+    assert (found["of_groups"], found["groups_above"]) == (2, 0)
 
 
 def test_habits_are_what_is_said_whatever_is_shown():
