@@ -144,6 +144,8 @@ def trainer(model, s, packed: bool | None, folder: str):
     else:
         base.set_attn_implementation("sdpa")
         out = GRPOTrainer(model, _no_reward, args, data, processing_class=tok)
+        if args.bf16:  # `train` would wrap the model's forward, for good: ours runs on the same one
+            out.compute_loss_context_manager = out.accelerator.autocast
     out._prepare_inputs = lambda inputs: inputs
     out.current_gradient_accumulation_steps = 1
     return out

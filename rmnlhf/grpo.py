@@ -666,8 +666,11 @@ def main():
     from .params import load
 
     os.environ.pop("RMNLHF_LAUNCH", None)
-    run = train(args.arm, load(args.params), args.seed, run=args.folder)
-    print(judge.record(f"{run.name}_{PartialState().process_index}"))  # beside the notebook's own file: what each process has asked
+    try:
+        train(args.arm, load(args.params), args.seed, run=args.folder)
+    finally:  # what each process has asked, beside the notebook's own file; a finished run asks nothing, and keeps what it wrote
+        if any(usage.asked for _, usage in judge._USED):
+            print(judge.record(f"{args.folder.name if args.folder else args.arm}_{PartialState().process_index}"))
 
 
 if __name__ == "__main__":

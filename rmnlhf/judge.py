@@ -57,7 +57,7 @@ def reachable(params) -> Judge | None:
 def record(stage: str, folder: str | Path = "results/timings") -> str:
     """Write what all judges of this process did to <folder>/<stage>_judge.json, and say it: one line for each model.
 
-    Where none was asked there is no such file: one that an earlier run left is removed. Of several ranks let one call it."""
+    Where none was asked there is no such file: one that an earlier run left is removed. Of several ranks each has a stage of its own."""
     used: dict[str, tuple] = {}
     for params, usage in _USED:
         if usage.asked:

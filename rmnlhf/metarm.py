@@ -534,8 +534,8 @@ class MetaRM:
                 if pull is not None:
                     loss = loss + (output * pull[index].to(output.device)).sum()
                 loss.backward()
-        nn.utils.clip_grad_norm_(self._trainable(), 1.0)
-        optimizer.step()
+            nn.utils.clip_grad_norm_(self._trainable(), 1.0)
+            optimizer.step()
         return total
 
     def _batches(self, rows, size) -> list[list[int]]:
@@ -556,8 +556,8 @@ class MetaRM:
         return out + self.offset
 
     def _lower(self) -> str:
-        p = self.params
-        return f"lower metarm.max_length (now {p.max_length}), or take metarm.base: minilm with metarm.tune: head (now {p.base}, {p.tune})"
+        p = self.params  # a pack holds TOKENS whatever the length of its texts
+        return f"set policy.gradient_checkpointing, or take metarm.base: minilm with metarm.tune: head (now {p.base}, {p.tune})"
 
     def _remember(self, features, targets):
         """Reservoir sampling: the buffer is a fair sample of all rows ever seen, the cold start's too."""
@@ -739,6 +739,7 @@ class Drift:
         """One line {step, n, target, frozen_mae, …}; a warning in the log where the online rank correlation is below drift_alarm, or
         cannot be computed (outputs or targets are all equal). engine: the run's own (`rollout.engine`)."""
         from . import grm
+        from .judge import JudgeError
 
         p = self.params
         swaps = [bool(fingerprint(pair.id, "drift") % 2) for pair in self.pairs]
@@ -747,7 +748,11 @@ class Drift:
         done = engine.generate(
             prompts, 4, p.policy.max_completion, p.rollout.temperature, p.rollout.top_p, p.seed * 1_000_003 + step, p.rollout.batch
         )
-        rows = from_rollouts(self.pairs, done, swaps, p, self.judge, max_missing=1.0)  # a judge that fails here costs a measure, not the run
+        try:  # a judge that fails here costs a measure, not the run
+            rows = from_rollouts(self.pairs, done, swaps, p, self.judge, max_missing=1.0)
+        except JudgeError as e:
+            log.warning("step %d: drift is not measured: %s", step, e)
+            rows = []
         line = {"step": step, **drift(self.frozen, online, rows)}
         alarm = not line["online_rho"] >= p.metarm.drift_alarm
         line["alarm"] = bool(alarm)

@@ -287,7 +287,7 @@ def prepare(model) -> bool:
     before, training = base.config._attn_implementation, model.training
     vocabulary = base.get_input_embeddings().num_embeddings
     prompt, members = [t % vocabulary for t in (11, 12, 13, 14)], [[t % vocabulary for t in c] for c in ((21, 22, 23), (31, 32))]
-    reason = None
+    reason = compiled = None
     model.eval()
     setattr(base, BY_CHUNKS, False)
     if model.device.type == "cuda":  # after too many recompilations torch would run flex attention without its kernel, which holds all scores
@@ -314,12 +314,12 @@ def prepare(model) -> bool:
         if not off < (1e-3 if exact else 0.3):
             reason = f"its outputs differ by {off:.2g} from those of the padded forward"
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as e:
-        reason = f"{type(e).__name__}: {e}"
+        reason, compiled = f"{type(e).__name__}: {e}", isinstance(e, RuntimeError) and not isinstance(e, NotImplementedError)
     finally:
         model.train(training)
     if reason:
         base.set_attn_implementation(before)
-        if model.device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
-            raise RuntimeError("flex attention is compiled here and no C compiler is found: apt-get install gcc python3-dev, or grpo.shared_prefix=false, several times slower")
+        if compiled and model.device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            raise RuntimeError(f"flex attention is compiled at first use, and no C compiler is found (apt-get install gcc python3-dev): {reason}")
         log.warning("shared-prefix forward not used for %s (%s): padded instead", type(base).__name__, reason)
     return reason is None

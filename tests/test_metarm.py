@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rmnlhf import grm, metarm, params, rewards
 from rmnlhf.grm import Judgement
+from rmnlhf.judge import JudgeError
 from rmnlhf.pairs import OTHER, HumanCritique, PreferencePair, read_rows, swap_sides
 from rmnlhf.policy import prepare
 from rmnlhf.rollout import Completion
@@ -441,6 +443,27 @@ def test_drift_is_measured_on_fresh_rollouts_in_the_order_shown(tmp_path, monkey
     assert [x["step"] for x in read_rows(drift.path)] == [4]
 
 
+@pytest.mark.parametrize("fails", ["some", "all", "broken"])
+def test_a_judge_that_fails_costs_a_drift_measure_and_not_the_run(fails, tmp_path, monkeypatch, caplog):
+    S = params.load(profile="smoke", overrides=["reward.binary=true", "metarm.drift_pairs=6"])
+    monkeypatch.setattr(grm, "encode_prompt", lambda pair, tok, longest, swap=False, think=False: pair.swapped().label if swap else pair.label)
+
+    def similar(critiques, *args):
+        if fails == "broken":
+            raise JudgeError("no connection")
+        return [1.0 if fails == "some" and i % 2 else float("nan") for i in range(len(critiques))]
+
+    monkeypatch.setattr(metarm, "_process", similar)
+    engine = types.SimpleNamespace(
+        sync=lambda model: None,
+        generate=lambda prompts, n, *settings: [[_completion(f"<critics>{PRAISE[0].format(v)}</critics>\n<choice>[[{v}]]</choice>")] * n for v in prompts],
+    )  # fmt: skip
+    zero = types.SimpleNamespace(score=lambda rows: np.zeros(len(rows)))
+    line = metarm.Drift(S, [make(i) for i in range(8)], zero, tmp_path).measure(2, "policy", None, zero, engine)
+    assert line["n"] == (12 if fails == "some" else 0) and read_rows(tmp_path / "drift.jsonl")
+    assert ("drift is not measured: no connection" in caplog.text) == (fails == "broken")
+
+
 def test_extra_rows_are_learnt_but_not_replayed_and_set_no_level(P):
     settings = P.metarm.model_copy(update={"epochs": 1})
     rows = judged([make(i) for i in range(10)])
@@ -458,5 +481,5 @@ def test_out_of_memory_says_what_to_lower(fitted, monkeypatch):
 
     monkeypatch.setattr(metarm.Head, "forward", full)
     for call, what in ((fitted.score, "while MetaRM scores"), (fitted.update, "in MetaRM's update")):
-        with pytest.raises(RuntimeError, match=f"out of memory {what}: lower metarm.max_length .*metarm.base: minilm"):
+        with pytest.raises(RuntimeError, match=f"out of memory {what}: set policy.gradient_checkpointing, .*metarm.base: minilm"):
             call(judged([make(1)]))

@@ -268,7 +268,7 @@ def vllm(monkeypatch):
 
 def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
     model = tiny.model(lora=True)
-    engine = rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "vllm", "rollout.gpu_memory": 0.6}))
+    engine = rollout.engine(model, tokenizer, tiny.settings(**{"rollout.engine": "vllm", "rollout.gpu_memory": 0.6, "benchmarks.max_prompt": 300}))
     merged = tiny.copy_merged(model)
     assert set(vllm["weights"]) == {n for n, _ in merged.named_parameters()} and vllm["reset"]
     for name, weight in merged.named_parameters():
@@ -288,8 +288,8 @@ def test_vllm_is_chosen_by_name_and_takes_merged_weights(vllm, tokenizer):
     assert woken[1:] == [["weights"]]  # merged copies need the room of its cache
     engine.generate([[3]], 2, 8, 0.7)
     assert woken[2:] == [["kv_cache"]]
-    assert vllm["options"]["max_model_len"] == 168 and vllm["options"]["gpu_memory_utilization"] == 0.6
-    assert rollout._longest(tiny.settings(**{"benchmarks.max_prompt": 300})) == 308  # benchmarks may have longer prompts
+    assert vllm["options"]["max_model_len"] == 308 and vllm["options"]["gpu_memory_utilization"] == 0.6
+    assert rollout._longest(tiny.settings()) == 168  # without benchmarks of longer prompts
 
 
 def test_one_vllm_serves_the_arms_of_a_process_and_no_second_base(vllm, tokenizer, monkeypatch, caplog):
