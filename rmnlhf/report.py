@@ -514,14 +514,21 @@ def _arms(run: Run) -> list[str]:
         value = paired.get(f"paired.{key}.f1") or {}
         return value if None not in (value.get("low"), value.get("high")) else None
 
-    start, lost, lead, stock = map(known, ("human_minus_cold_start", "outcome_minus_cold_start", "human_minus_outcome", "human_minus_stock_reason"))
+    names = ("human_minus_cold_start", "outcome_minus_cold_start", "human_minus_outcome", "human_minus_stock_reason", "human_minus_offline")
+    start, lost, lead, stock, offline = map(known, names)
     if start and start["low"] <= 0 and lead and lead["low"] > 0:
         out.append(
             f"Arm `human` is not clearly above the cold start in core-F1 ({show(start)})"
             + (f": its lead over `outcome` ({show(lead)}) comes with what `outcome` lost against the cold start ({show(lost)})." if lost and lost["high"] < 0 else ".")
         )
     if stock and stock["low"] <= 0:
-        out.append(f"Arm `human` is not above one constant sentence, the stock reason, in core-F1 ({show(stock)}).")
+        how = "below" if stock["high"] < 0 else "not clearly above"
+        out.append(f"Arm `human` is {how} one constant sentence, the stock reason, in core-F1 ({show(stock)}).")
+    if offline and offline["high"] < 0:
+        out.append(
+            f"Arm `human`, to which all critiques are shown, is below `offline` in core-F1 ({show(offline)}): what people wrote is here no upper bound, and "
+            "the share of its gap to `outcome` that an arm closes may be above 1."
+        )
     arms = [a for a in ("cold_start", *ARMS) if online.get(f"{a}.most frequent critique") is not None]
     if arms:
         said = ", ".join(f"`{a}` {online[f'{a}.most frequent critique']:.0%}" for a in arms)

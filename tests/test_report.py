@@ -537,7 +537,7 @@ def test_where_a_lead_comes_from_and_what_is_said_of_every_pair(tmp_path):
     (tmp_path / "metrics").mkdir()
     paired = {k: {"f1": dict(zip(("mean", "low", "high"), v), n=90)} for k, v in {
         "human_minus_cold_start": (0.01, -0.02, 0.04), "outcome_minus_cold_start": (-0.07, -0.1, -0.04), "human_minus_outcome": (0.08, 0.05, 0.11),
-        "human_minus_stock_reason": (-0.03, -0.06, -0.01)}.items()}  # fmt: skip
+        "human_minus_stock_reason": (-0.03, -0.06, -0.01), "human_minus_offline": (-0.05, -0.08, -0.02)}.items()}  # fmt: skip
     online = {"human": {"most frequent critique": 0.69, "first response named": 0.33}, "drift_online_better": {"measures": 10, "mae": 2}}
 
     def said():
@@ -549,8 +549,9 @@ def test_where_a_lead_comes_from_and_what_is_said_of_every_pair(tmp_path):
 
     text = said()
     assert "not clearly above the cold start in core-F1 (0.010" in text and "what `outcome` lost against the cold start (-0.070" in text
-    assert "not above one constant sentence" in text and "`human` 69%" in text and "`human` 33%" in text and "lower error at 2 of 10" in text
+    assert "is below one constant sentence" in text and "is below `offline` in core-F1 (-0.050" in text and "`human` 69%" in text and "`human` 33%" in text and "lower error at 2 of 10" in text
     assert "320 tokens, from the middle (`benchmarks.max_prompt`): 50% of judgebench." in text
     paired["human_minus_cold_start"]["f1"]["low"] = paired["human_minus_stock_reason"]["f1"]["low"] = 0.001
+    paired["human_minus_offline"]["f1"]["high"] = 0.001
     online["drift_online_better"]["mae"] = 5
-    assert "cold start in core-F1" not in (text := said()) and "constant sentence" not in text and "lower error" not in text
+    assert "cold start in core-F1" not in (text := said()) and "constant sentence" not in text and "lower error" not in text and "below `offline`" not in text
