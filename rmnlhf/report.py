@@ -533,7 +533,9 @@ def _arms(run: Run) -> list[str]:
     if arms:
         said = ", ".join(f"`{a}` {online[f'{a}.most frequent critique']:.0%}" for a in arms)
         first = ", ".join(f"`{a}` {online[f'{a}.first response named']:.0%}" for a in arms if online.get(f"{a}.first response named") is not None)
-        out.append(f"Share of the most frequent critique among all that an arm writes: {said}. Share of verdicts for the response shown first, one half being right: {first}.")
+        most = max(arms, key=lambda a: online[f"{a}.most frequent critique"])
+        one = f": `{most}` has learnt one sentence and says it of nearly every pair, so its core-F1 is what that sentence earns" if online[f"{most}.most frequent critique"] > 0.9 else ""
+        out.append(f"Share of the most frequent critique among all that an arm writes: {said}{one}. Share of verdicts for the response shown first, one half being right: {first}.")
     if (n := online.get("drift_online_better.measures")) and 2 * online["drift_online_better.mae"] < n:
         out.append(f"On fresh rollouts of unseen pairs the online MetaRM had the lower error at {online['drift_online_better.mae']} of {n} measures: the frozen one did not fall behind.")
     limit = ((run.params or {}).get("benchmarks") or {}).get("max_prompt")

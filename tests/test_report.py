@@ -551,6 +551,9 @@ def test_where_a_lead_comes_from_and_what_is_said_of_every_pair(tmp_path):
     assert "not clearly above the cold start in core-F1 (0.010" in text and "what `outcome` lost against the cold start (-0.070" in text
     assert "is below one constant sentence" in text and "is below `offline` in core-F1 (-0.050" in text and "`human` 69%" in text and "`human` 33%" in text and "lower error at 2 of 10" in text
     assert "320 tokens, from the middle (`benchmarks.max_prompt`): 50% of judgebench." in text
+    assert "has learnt one sentence" not in text
+    online["online"] = {"most frequent critique": 0.97}
+    assert "`online` 97%: `online` has learnt one sentence and says it of nearly every pair" in said()
     paired["human_minus_cold_start"]["f1"]["low"] = paired["human_minus_stock_reason"]["f1"]["low"] = 0.001
     paired["human_minus_offline"]["f1"]["high"] = 0.001
     online["drift_online_better"]["mae"] = 5
