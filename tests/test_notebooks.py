@@ -28,7 +28,7 @@ def test_05_and_06_compare_as_the_claims_read_it(order, word, tmp_path, monkeypa
     rng, arms = np.random.default_rng(0), ["cold_start", "outcome", "stock_reason", "offline", "online", "human"]
     level = dict(zip(arms, (0.2, 0.3, 0.35, 0.4, 0.5, 0.7)[::order]))
     judged = pd.DataFrame([
-        {"id": f"p{i}", "order": o, "arm": a, "seed": 7, "f1": f + 0.02 * rng.normal(), "correct": float(i % 3 > 0), "inconsistent": float(i % 2)}
+        {"id": f"p{i}", "group": f"g{i % 4}", "order": o, "arm": a, "seed": 7, "f1": f + 0.02 * rng.normal(), "correct": float(i % 3 > 0), "inconsistent": float(i % 2)}
         for a, f in level.items() for i in range(40) for o in ("ab", "ba")
     ])  # fmt: skip
     judged["f1_right"] = judged.f1.where(judged.correct == 1)
